@@ -1,0 +1,115 @@
+"""models.toml: the models we know by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mixlocal.engine.sampling import SamplingParams
+from mixlocal.errors import NotFoundError, RefusedError, UsageError
+from mixlocal.quant.format import Kind
+from mixlocal.store.manifest import Recipe
+
+DEFAULT_MODEL = "smolmix"
+Variant = Literal["q4", "q8", "bf16"]
+VARIANTS: dict[str, Kind] = {"q4": "nf4", "q8": "int8", "bf16": "bf16"}
+PACKAGE = Path(__file__).parent.parent
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class HubSource(_Struct, tag="hub", tag_field="kind"):
+    """A repository of the Hugging Face Hub."""
+
+    repository: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError("revision must be a 40-hex commit")
+
+
+class SmolmixSource(_Struct, tag="smolmix", tag_field="kind"):
+    """A Python package that carries a dense GGUF model, to be upcycled here."""
+
+    package: str
+    file: str
+    nbytes: int
+    sha256: str
+
+
+class Parameters(_Struct):
+    total: int
+    active: int
+
+
+class SamplingDefaults(_Struct):
+    """What the model's authors recommend; anything else is SamplingParams' own default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    repeat_penalty: float | None = None
+
+
+class CatalogEntry(_Struct):
+    """One model we know. variant: the one taken when none is named. template: a name in `app.template.TEMPLATES`."""
+
+    description: str
+    source: HubSource | SmolmixSource
+    architecture: str
+    licence: str
+    variant: Variant
+    parameters: Parameters
+    template: str | None = None
+    sampling: SamplingDefaults = SamplingDefaults()
+    note: str = ""
+
+
+class _Catalog(_Struct):
+    model: dict[str, CatalogEntry]
+
+
+def catalog_path() -> Path:
+    """Inside the installed package, or at the root of a checkout."""
+    inside = PACKAGE / "models.toml"
+    return inside if inside.is_file() else PACKAGE.parent / "models.toml"
+
+
+def read_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
+    """Raises `RefusedError` naming file and key for anything unknown, missing or of the wrong type."""
+    path = path or catalog_path()
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=_Catalog).model
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(f"{path}: {error}") from error
+    except OSError as error:
+        raise NotFoundError(f"{path}: {error.strerror}") from error
+
+
+def find_entry(name: str) -> CatalogEntry | None:
+    return read_catalog().get(name)
+
+
+def split_variant(reference: str) -> tuple[str, Variant | None]:
+    """"smolmix:q8" -> ("smolmix", "q8"). Raises `UsageError` for a variant we do not make."""
+    name, colon, variant = reference.rpartition(":")
+    if not colon or "/" in variant:
+        return reference, None
+    if variant not in VARIANTS:
+        raise UsageError(f"{reference}: no variant {variant!r}", f"choose one of {', '.join(VARIANTS)}")
+    return name, msgspec.convert(variant, Variant)
+
+
+def recipe_for(variant: Variant) -> Recipe:
+    """Experts as the variant says, attention in bfloat16."""
+    return Recipe(experts=VARIANTS[variant], scale_bits=16, attention="bf16")
+
+
+def sampling_defaults(entry: CatalogEntry | None) -> SamplingParams:
+    given = msgspec.to_builtins(entry.sampling) if entry else {}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})

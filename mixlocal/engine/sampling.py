@@ -1,0 +1,108 @@
+"""From logits to the next token. V = vocabulary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mixlocal.errors import CorruptError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. These defaults are the only ones.
+
+    temperature 0: always the likeliest token.  top_k 0, top_p 1, min_p 0, repeat_penalty 1: off.
+    seed None: the caller draws one.  stop: strings that end the answer and are not part of it.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    max_tokens: int = 1024
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` naming the value out of range."""
+        _within("temperature", self.temperature, 0, 100)
+        _within("top-p", self.top_p, 0, 1)
+        _within("top-k", self.top_k, 0, 1 << 24)
+        _within("min-p", self.min_p, 0, 1)
+        _within("repeat-penalty", self.repeat_penalty, 0.01, 100)
+        _within("max-tokens", self.max_tokens, 0, 1 << 31)
+        _within("seed", self.seed or 0, 0, (1 << 63) - 1)
+        _within("logprobs", self.logprobs, 0, 100)
+        if "" in self.stop:
+            raise UsageError("stop: an empty string would stop at once")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chosen token; logprob and the `logprobs` likeliest are of the model's own distribution, before sampling."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Draws tokens by one seeded generator: the same logits, seed and history give the same token."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator().manual_seed(params.seed or 0)
+
+    def choose(self, logits: torch.Tensor, history: list[int]) -> Choice:
+        """Next token from float32 logits [V] after the ids in `history`. Raises `CorruptError` for NaN or no finite logit."""
+        peak = logits.max().item()
+        if not math.isfinite(peak):
+            raise CorruptError(f"the model computed {peak} after {len(history)} tokens", "check the model with: mixlocal verify")
+        logprobs = torch.log_softmax(logits, dim=-1)
+        penalised = penalise(logits, history, self.params.repeat_penalty)
+        token = int(penalised.argmax()) if self.params.temperature == 0 else self._draw(penalised)
+        top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return Choice(token, logprobs[token].item(), pairs)
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        """Inverse transform on the kept tokens in order of probability, in double precision."""
+        probabilities, ids = keep_likely(logits, self.params)
+        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * probabilities.sum()
+        index = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
+        return int(ids[min(index, len(ids) - 1)])
+
+
+def penalise(logits: torch.Tensor, history: list[int], penalty: float) -> torch.Tensor:
+    """Divide positive and multiply negative logits of tokens already seen (CTRL, arXiv 1909.05858, section 4.1)."""
+    if penalty == 1.0 or not history:
+        return logits
+    seen = torch.tensor(sorted(set(history)))
+    scores = logits[seen]
+    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def keep_likely(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 probabilities and ids that survive top-k, top-p and min-p, likeliest first; at least one does.
+
+    top-p: the smallest set whose probability reaches it (arXiv 1904.09751).
+    min-p: at least that share of the likeliest token's probability (arXiv 2407.01082).
+    """
+    count = min(params.top_k or len(logits), len(logits))
+    scores, ids = torch.sort(logits, descending=True, stable=True)
+    scores, ids = scores[:count], ids[:count]
+    probabilities = torch.softmax(scores.double() / params.temperature, dim=-1)
+    before = probabilities.cumsum(0) - probabilities
+    keep = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    keep[0] = True
+    return probabilities[keep], ids[keep]
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also catches NaN
+        raise UsageError(f"{name} = {value} is outside {low} to {high}")

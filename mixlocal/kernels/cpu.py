@@ -1,0 +1,165 @@
+"""Kernels for this machine's CPU: the face of native/, and what to say where it is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import torch
+from torch.nn.functional import linear as plain_linear
+
+from mixlocal.errors import RefusedError, UsageError
+from mixlocal.kernels.reference import check_linear, grouped_moe_ffn
+from mixlocal.quant.format import CODEBOOKS, ExpertWeights, QuantSpec, QuantTensor, Weight
+from mixlocal.quant.quantize import check_finite, quantize, relative_error, row_chunks
+
+try:
+    from mixlocal.kernels.native import _native
+
+    MISSING = ""
+except ImportError as error:  # no compiler when mixlocal was installed
+    MISSING = str(error)
+
+ISA_VARIABLE = "MIXLOCAL_ISA"
+REFERENCE = "reference"  # as a value of MIXLOCAL_ISA: PyTorch, although the compiled kernels are there
+
+
+class CpuKernels:
+    """The compiled kernels of one instruction set.
+
+    Weights must be contiguous; they are read where they lie. Up to 4 tokens at a time each output has the same bits
+    whatever the other tokens are; larger batches add in another order.
+    """
+
+    def __init__(self, isa: str) -> None:
+        if isa not in native_isas():
+            raise _no_such_isa(isa)
+        self._isa = isa
+
+    @property
+    def name(self) -> str:
+        return f"cpu-{self._isa}"
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        check_linear(x, weight)
+        if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
+            return plain_linear(x, weight)
+        x = x.detach().contiguous()
+        out = torch.empty(len(x), weight.shape[0])
+        try:
+            self._linear(x, weight, out)
+        except ValueError as error:
+            raise RefusedError(f"linear: {error}") from error
+        return out
+
+    def moe_ffn(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Mapping[int, ExpertWeights],
+    ) -> torch.Tensor:
+        """See `Kernels.moe_ffn`."""
+        return grouped_moe_ffn(self.linear, x, expert_ids, weights, experts)
+
+    def _linear(self, x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:
+        if isinstance(weight, torch.Tensor):
+            _native.linear_bf16(self._isa, x, weight.detach(), out)
+        elif weight.spec.four_bit:
+            _native.linear_4bit(self._isa, x, _codebook(weight.spec.kind), weight.codes, weight.scales, out)
+        else:
+            _native.linear_int8(self._isa, x, weight.codes, weight.scales, out)
+
+
+def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Weight, float]:
+    """`quantize` and `relative_error` in one pass over a [R, C] weight, compiled where possible; the same bits.
+
+    The error agrees with `relative_error` to about six digits. Raises `RefusedError` as `quantize` does.
+    """
+    isa = chosen_isa()
+    if isa is None or spec.kind == "bf16" or weight.device.type != "cpu":
+        return _quantize_by_specification(name, weight, spec)
+    rows, columns = weight.shape
+    spec.check_shape(name, (rows, columns))
+    code_dtype = torch.uint8 if spec.four_bit else torch.int8
+    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
+    scales = torch.empty(spec.scales_shape((rows, columns)), dtype=spec.scale_dtype)
+    error = power = 0.0
+    for part, source in _sources(weight):
+        part_error, part_power, bad = _quantize_part(isa, spec, source, codes[part], scales[part])
+        if bad >= 0:
+            row = bad // columns
+            check_finite(name, source[row : row + 1], part.start + row)
+        error, power = error + part_error, power + part_power
+    if not bool(scales.isfinite().all()):
+        return _quantize_by_specification(name, weight, spec)  # which says what is wrong
+    return QuantTensor(spec, (rows, columns), codes, scales), (error / power) ** 0.5 if power else 0.0
+
+
+def native_isas() -> tuple[str, ...]:
+    """The instruction sets of the compiled kernels that this machine can run, best first; empty where none were built."""
+    return () if MISSING else tuple(_native.available_isas())
+
+
+def native_isa() -> str | None:
+    """The best of `native_isas()`, or None; `MISSING` says why there is none."""
+    return next(iter(native_isas()), None)
+
+
+def chosen_isa() -> str | None:
+    """What MIXLOCAL_ISA asks for, else the best; None means the reference.
+
+    Raises `UsageError` if this machine does not have what is asked for.
+    """
+    wanted = os.environ.get(ISA_VARIABLE)
+    if not wanted:
+        return native_isa()
+    if wanted == REFERENCE:
+        return None
+    if wanted not in native_isas():
+        raise _no_such_isa(wanted)
+    return wanted
+
+
+def set_threads(count: int) -> None:
+    """Let the compiled kernels use `count` threads, 1 or more; at first they use every core the process may run on."""
+    if count < 1:
+        raise UsageError(f"{count} threads cannot compute anything", "use 1 or more")
+    if not MISSING:
+        _native.set_threads(count)
+
+
+def _no_such_isa(isa: str) -> UsageError:
+    names = ", ".join((*native_isas(), REFERENCE))
+    return UsageError(f"this machine has no {isa!r} kernels", f"set {ISA_VARIABLE} to one of: {names}")
+
+
+def _quantize_by_specification(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Weight, float]:
+    quantized = quantize(name, weight, spec)
+    return quantized, relative_error(weight, quantized)
+
+
+def _quantize_part(
+    isa: str, spec: QuantSpec, source: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> tuple[float, float, int]:
+    """Sums of squares of error and source, and the flat index of the first NaN or infinity or -1."""
+    if spec.four_bit:
+        return _native.quantize_4bit(isa, source, _codebook(spec.kind), codes, scales)
+    return _native.quantize_int8(isa, source, codes, scales)
+
+
+def _sources(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A weight as the compiled quantizer reads it: whole if it can, else as float32 some rows at a time."""
+    weight = weight.detach()
+    if weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous():
+        yield slice(0, len(weight)), weight
+        return
+    for part in row_chunks(*weight.shape):
+        yield part, weight[part].float().contiguous()
+
+
+@cache
+def _codebook(kind: str) -> torch.Tensor:
+    return torch.tensor(CODEBOOKS[kind])

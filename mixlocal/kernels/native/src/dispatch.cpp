@@ -1,0 +1,35 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace mixlocal {
+namespace {
+
+std::vector<const KernelTable*> probe() {
+    std::vector<const KernelTable*> found;
+#ifdef MIXLOCAL_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        found.push_back(&kAvx512Kernels);
+    if (avx2) found.push_back(&kAvx2Kernels);
+#endif
+    found.push_back(&kScalarKernels);
+    return found;
+}
+
+}  // namespace
+
+const std::vector<const KernelTable*>& available_kernels() {
+    static const std::vector<const KernelTable*> found = probe();
+    return found;
+}
+
+const KernelTable& kernels_named(const std::string& name) {
+    for (const KernelTable* table : available_kernels())
+        if (name == table->name) return *table;
+    throw std::invalid_argument("this machine has no " + name + " kernels");
+}
+
+}  // namespace mixlocal

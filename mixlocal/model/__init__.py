@@ -1,0 +1,1 @@
+"""The mathematics: token ids and a KV cache in, logits out."""

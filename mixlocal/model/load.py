@@ -1,0 +1,49 @@
+"""A model store's trunk as weights of a transformer."""
+
+from __future__ import annotations
+
+import torch
+
+from mixlocal.errors import CorruptError
+from mixlocal.model.config import ModelConfig
+from mixlocal.model.layers import AttentionWeights
+from mixlocal.model.tensors import EMBEDDING, FINAL_NORM, HEAD, TrunkTensor, trunk_tensors
+from mixlocal.model.transformer import LayerWeights, TrunkWeights
+from mixlocal.quant.format import QuantSpec, QuantTensor, Weight
+from mixlocal.store.model_store import ModelStore
+
+SCALES_SUFFIX = ".scales"
+
+
+def load_trunk(store: ModelStore, config: ModelConfig) -> TrunkWeights:
+    """Read and check the trunk. Raises `CorruptError` if it does not fit the config."""
+    arrays = store.read_trunk()
+    spec = store.manifest.recipe.attention_spec
+    weights = {t.name: _weight(arrays, t, spec, str(store.folder)) for t in trunk_tensors(config)}
+
+    def exact(name: str) -> torch.Tensor:
+        weight = weights[name]
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    layers = tuple(
+        LayerWeights(
+            exact(f"layers.{i}.attention_norm"),
+            AttentionWeights(*(weights[f"layers.{i}.attention.{x}"] for x in "qkvo")),
+            exact(f"layers.{i}.ffn_norm"),
+            exact(f"layers.{i}.router"),
+        )
+        for i in range(config.n_layers)
+    )
+    head = weights[EMBEDDING if config.tied_embeddings else HEAD]
+    return TrunkWeights(weights[EMBEDDING], layers, exact(FINAL_NORM), head)
+
+
+def _weight(arrays: dict[str, torch.Tensor], tensor: TrunkTensor, spec: QuantSpec, where: str) -> Weight:
+    array = arrays.get(tensor.name)
+    if array is None or tuple(array.shape) != tensor.shape:
+        raise CorruptError(f"{where}: trunk tensor {tensor.name} is missing or of the wrong shape")
+    if not tensor.is_matrix or spec.kind != "int8":
+        return array
+    rows, columns = tensor.shape
+    return QuantTensor(spec, (rows, columns), array, arrays[tensor.name + SCALES_SUFFIX])

@@ -1,0 +1,1 @@
+"""What a quantized tensor is: formats, packing, the quantizers themselves."""

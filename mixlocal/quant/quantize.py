@@ -1,0 +1,106 @@
+"""Tensor -> QuantTensor -> tensor, in plain PyTorch: the specification of each format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import pad
+
+from mixlocal.errors import RefusedError
+from mixlocal.quant.format import BLOCK_SIZE, CODEBOOKS, QuantSpec, QuantTensor, Weight
+from mixlocal.quant.packing import pack_nibbles, unpack_nibbles
+
+TINY = 1e-38  # stands in for the absmax of an all-zero block, as in bitsandbytes
+CHUNK_ELEMENTS = 1 << 21  # temporaries are a few times this many floats, whatever the tensor's size
+
+
+def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
+    """[R, C] floats -> the same matrix as `spec` says; `name` is for the error message.
+
+    Raises `RefusedError` for NaN or infinity, for a shape the format cannot hold, and for an absmax beyond float16.
+    """
+    rows, columns = weight.shape
+    spec.check_shape(name, (rows, columns))
+    if spec.kind == "bf16":
+        check_finite(name, weight)
+        return weight.to(torch.bfloat16)
+    code_dtype = torch.uint8 if spec.four_bit else torch.int8
+    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
+    scales = torch.empty(spec.scales_shape((rows, columns)), dtype=spec.scale_dtype)
+    quantize_rows = _four_bit_rows if spec.four_bit else _int8_rows
+    for part in row_chunks(rows, columns):
+        exact = weight[part].float()
+        check_finite(name, exact, part.start)
+        codes[part], absmax = quantize_rows(exact, spec)
+        scales[part] = absmax
+    if not bool(scales.isfinite().all()):
+        raise RefusedError(f"{name}: its largest weight does not fit a 16-bit scale", "quantize with --scales 32")
+    return QuantTensor(spec, (rows, columns), codes, scales)
+
+
+def dequantize(weight: Weight) -> torch.Tensor:
+    """The float32 [R, C] matrix that a weight stands for."""
+    if isinstance(weight, torch.Tensor):
+        return weight.float()
+    if weight.spec.kind == "int8":
+        return weight.codes.float() * weight.scales
+    rows, columns = weight.shape
+    codebook = torch.tensor(CODEBOOKS[weight.spec.kind], device=weight.codes.device)
+    levels = pad(codebook[unpack_nibbles(weight.codes).int()], (0, -columns % BLOCK_SIZE))
+    blocks = levels.view(rows, -1, BLOCK_SIZE) * weight.scales.float().unsqueeze(-1)
+    return blocks.view(rows, -1)[:, :columns]
+
+
+def dequantize_rows(weight: Weight, part: slice) -> torch.Tensor:
+    """float32 [rows of part, C]."""
+    if isinstance(weight, torch.Tensor):
+        return weight[part].float()
+    rows = weight.codes[part]
+    return dequantize(QuantTensor(weight.spec, (len(rows), weight.shape[1]), rows, weight.scales[part]))
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows with about CHUNK_ELEMENTS numbers each."""
+    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def relative_error(weight: torch.Tensor, quantized: Weight) -> float:
+    """Root mean square of the error over that of the weight; 0 for an all-zero weight."""
+    error = power = 0.0
+    for part in row_chunks(*weight.shape):
+        exact = weight[part].double()
+        error += (dequantize_rows(quantized, part) - exact).square().sum().item()
+        power += exact.square().sum().item()
+    return (error / power) ** 0.5 if power else 0.0
+
+
+def check_finite(name: str, weight: torch.Tensor, first_row: int = 0) -> None:
+    """Raise `RefusedError` naming the first NaN or infinity of a tensor whose row 0 is `first_row` of the whole."""
+    if bool(weight.isfinite().all()):
+        return
+    index = (~weight.isfinite()).nonzero()[0].tolist()
+    value = weight[tuple(index)].item()
+    index[0] += first_row
+    raise RefusedError(f"{name} holds {value} at {index}", "the checkpoint is damaged; fetch it again")
+
+
+def _four_bit_rows(exact: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest level of the codebook per element, absmax per block; the arithmetic of bitsandbytes' `quantize_4bit`."""
+    rows, columns = exact.shape
+    blocks = pad(exact, (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).clamp_(-1, 1).view(rows, -1)
+    levels, order = torch.tensor(CODEBOOKS[spec.kind]).sort(stable=True)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    codes = order.to(torch.uint8)[torch.bucketize(scaled[:, :columns], midpoints, out_int32=True)]
+    return pack_nibbles(codes), absmax.to(spec.scale_dtype)
+
+
+def _int8_rows(exact: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric, one scale per row, as LLM.int8 (arXiv 2208.07339, section 2.1)."""
+    absmax = exact.abs().amax(dim=1, keepdim=True)
+    inverse = torch.where(absmax > TINY, 127.0 / absmax.clamp(min=4e-37), 0.0)
+    return (exact * inverse).round_().clamp_(-127, 127).to(torch.int8), (absmax / 127.0).to(spec.scale_dtype)

@@ -1,0 +1,1 @@
+"""Bytes on disk: checkpoints that come in, model stores that we write."""

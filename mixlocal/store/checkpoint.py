@@ -1,0 +1,166 @@
+"""Checkpoints in Hugging Face format: safetensors shards, read with `pread`, never mapped and never unpickled.
+
+The format: 8 bytes of header length, a JSON header of name -> {dtype, shape, data_offsets}, then the data without gaps.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixlocal.errors import CorruptError, NotFoundError, RefusedError
+from mixlocal.store.durable import named_errors
+from mixlocal.store.strict_json import parse_json_object, read_json_object
+
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 25_000_000
+MAX_INDEX_BYTES = 32 << 20
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor of a checkpoint lies: `nbytes` from `offset` of `path`."""
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors shards; headers are read and checked at once, data on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `NotFoundError`, `RefusedError` or `CorruptError`, naming the file."""
+        self.folder = folder
+        if not folder.is_dir():
+            raise NotFoundError(f"{folder}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise NotFoundError(f"{folder}: no config.json", "give a folder in Hugging Face format")
+        self.config: dict[str, Any] = read_json_object(folder / "config.json")
+        self.shards = _shards(folder)
+        self.tensors: dict[str, TensorRef] = {}
+        for shard in self.shards:
+            self._add(read_header(shard))
+        if (folder / INDEX).is_file():
+            self._check_index(_weight_map(folder / INDEX))
+
+    def read(self, ref: TensorRef) -> torch.Tensor:
+        """One tensor, read with `pread`. Raises `CorruptError` if the file has become shorter."""
+        data = torch.empty(ref.nbytes, dtype=torch.uint8)
+        read_into(ref.path, ref.offset, memoryview(data.numpy()))
+        return data.view(ref.dtype).view(ref.shape)
+
+    def _add(self, refs: Iterable[TensorRef]) -> None:
+        for ref in refs:
+            if ref.name in self.tensors:
+                first = self.tensors[ref.name].path.name
+                raise RefusedError(f"{ref.path}: tensor {ref.name} is also in {first}")
+            self.tensors[ref.name] = ref
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        index = self.folder / INDEX
+        for name, shard in weight_map.items():
+            if name not in self.tensors or self.tensors[name].path.name != shard:
+                raise RefusedError(f"{index}: tensor {name} is not in {shard}", "a shard was swapped or is of another model")
+        extra = next((name for name in self.tensors if name not in weight_map), None)
+        if extra is not None:
+            raise RefusedError(f"{self.tensors[extra].path}: tensor {extra} is not in the index {INDEX}")
+
+
+def read_header(path: Path) -> list[TensorRef]:
+    """The tensors of one safetensors file, in file order; every claim of the header is checked against the file's size."""
+    with named_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CorruptError(f"{path}: truncated or not a safetensors file", "fetch it again")
+        header = parse_json_object(file.read(length), f"{path}: header")
+    header.pop("__metadata__", None)
+    refs = sorted((_tensor_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.offset)
+    end = 8 + length
+    for ref in refs:
+        if ref.offset != end:
+            raise CorruptError(f"{path}: tensor {ref.name} overlaps another or leaves a gap")
+        end += ref.nbytes
+    if end != size:
+        raise CorruptError(f"{path}: {size} bytes on disk, {end} by its header", "it is truncated; fetch it again")
+    return refs
+
+
+def read_into(path: Path, offset: int, view: memoryview) -> None:
+    """Fill `view` from `offset` of a file. Raises `CorruptError` on a short read."""
+    with named_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            read_exactly(descriptor, path, offset, view)
+        finally:
+            os.close(descriptor)
+
+
+def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+    """As `read_into`, from an open descriptor."""
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise CorruptError(f"{path}: ends at byte {offset}, {len(view)} bytes early", "it was truncated; fetch it again")
+        view, offset = view[count:], offset + count
+
+
+def _tensor_ref(path: Path, name: str, entry: object, data_start: int) -> TensorRef:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+            pass
+        case _:
+            raise CorruptError(f"{path}: header entry of tensor {name} is malformed")
+    if dtype not in DTYPES:
+        raise RefusedError(f"{path}: tensor {name} has type {dtype}, which we cannot read")
+    if not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+        raise CorruptError(f"{path}: tensor {name} has shape {shape}")
+    nbytes = prod(shape) * DTYPES[dtype].itemsize
+    if begin < 0 or end - begin != nbytes:
+        raise CorruptError(f"{path}: tensor {name} of shape {shape} claims {end - begin} bytes instead of {nbytes}")
+    return TensorRef(name, path, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(_weight_map(folder / INDEX).values()))
+        missing = next((name for name in names if not (folder / name).is_file()), None)
+        if missing is not None:
+            raise NotFoundError(f"{folder / missing}: missing, but named by {INDEX}", "fetch the missing shard")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        unsafe = next((p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}")), None)
+        if unsafe is not None:
+            raise RefusedError(f"{folder}: only pickled weights ({unsafe}); they can run code", "use a safetensors checkpoint")
+        raise NotFoundError(f"{folder}: no *.safetensors weights")
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RefusedError(f"{path}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
+            raise RefusedError(f"{path}: weight_map names the file {shard!r} for {name}")
+    return weight_map

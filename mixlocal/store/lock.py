@@ -1,0 +1,41 @@
+"""One writer per store. The lock is the kernel's, so it ends with the process that held it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from mixlocal.errors import LockedError
+from mixlocal.store.durable import make_folder, named_errors
+
+WAIT_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold the writer's lock beside `folder`. Raises `LockedError` naming the holder after `wait` seconds."""
+    make_folder(folder.parent)
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = filelock.FileLock(path, timeout=wait)
+    try:
+        with named_errors(path):
+            lock.acquire()
+    except filelock.Timeout as error:
+        raise LockedError(f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it") from error
+    try:
+        with named_errors(path):
+            path.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "unknown"
+    except OSError:
+        return "unknown"

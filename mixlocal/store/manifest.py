@@ -1,0 +1,142 @@
+"""manifest.json: what a model store holds and how to know it is whole. Nothing is a model without it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from mixlocal.errors import CorruptError, NotFoundError, RefusedError
+from mixlocal.quant.format import ExpertLayout, Kind, QuantSpec, ScaleBits
+from mixlocal.store.durable import named_errors, write_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class SourceFile(_Struct):
+    """One file the store was made from; sha256 where it was known or cheap to know."""
+
+    name: str
+    nbytes: int
+    sha256: str | None = None
+
+
+class Source(_Struct):
+    """Where the weights came from: a catalogue name, a repository or a folder's name, and its files."""
+
+    name: str
+    revision: str | None
+    files: tuple[SourceFile, ...]
+
+
+class Recipe(_Struct):
+    """What was done to the weights. Router and norms are always float32."""
+
+    experts: Kind
+    scale_bits: ScaleBits
+    attention: Kind
+
+    @property
+    def expert_spec(self) -> QuantSpec:
+        return QuantSpec(self.experts, self.scale_bits)
+
+    @property
+    def attention_spec(self) -> QuantSpec:
+        return QuantSpec(self.attention)
+
+
+class StoredFile(_Struct):
+    nbytes: int
+    xxh3: str
+
+
+class Record(_Struct):
+    """One expert: xxh3-128 over identity and bytes, and the relative error of w1, w3, w2 against the source."""
+
+    xxh3: str
+    errors: tuple[float, float, float]
+
+
+class Manifest(_Struct):
+    """Everything needed to open a store; `records` is indexed by layer * n_experts + expert."""
+
+    format_version: int
+    name: str
+    variant: str
+    architecture: str
+    source: Source
+    recipe: Recipe
+    dim: int
+    hidden: int
+    n_layers: int
+    n_experts: int
+    stride: int
+    files: dict[str, StoredFile]
+    attention_errors: dict[str, float]
+    records: tuple[Record, ...]
+    licence: str | None = None
+    template: str | None = None
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return ExpertLayout(self.dim, self.hidden, self.recipe.expert_spec)
+
+    @property
+    def experts_bytes(self) -> int:
+        return self.stride * len(self.records)
+
+    @property
+    def nbytes(self) -> int:
+        return self.experts_bytes + sum(file.nbytes for file in self.files.values())
+
+
+class _Sealed(_Struct):
+    """The file's outer object: the manifest and the sha256 of its canonical bytes."""
+
+    manifest: msgspec.Raw
+    sha256: str
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    body = msgspec.json.encode(manifest)
+    sealed = _Sealed(msgspec.Raw(body), hashlib.sha256(body).hexdigest())
+    write_file(folder / MANIFEST, msgspec.json.encode(sealed) + b"\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `NotFoundError`, `CorruptError` for any damaged byte, `RefusedError` for a newer format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise NotFoundError(f"{folder}: not a model store (no {MANIFEST})")
+    with named_errors(path):
+        data = path.read_bytes()
+    try:
+        sealed = msgspec.json.decode(data, type=_Sealed)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptError(f"{path}: {error}", "remove the model and pull it again") from error
+    body = bytes(sealed.manifest)
+    if hashlib.sha256(body).hexdigest() != sealed.sha256 or data != msgspec.json.encode(sealed) + b"\n":
+        raise CorruptError(f"{path}: checksum does not match", "remove the model and pull it again")
+    return _decode(path, body)
+
+
+def _decode(path: Path, body: bytes) -> Manifest:
+    version = msgspec.json.decode(body).get("format_version")
+    if version != FORMAT_VERSION:
+        raise RefusedError(f"{path}: format version {version}; this mixlocal reads {FORMAT_VERSION}", "upgrade mixlocal")
+    try:
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise CorruptError(f"{path}: {error}") from error
+    if manifest.stride != manifest.layout.stride or len(manifest.records) != manifest.n_layers * manifest.n_experts:
+        raise CorruptError(f"{path}: its record layout contradicts itself")
+    outside = next((name for name in manifest.files if Path(name).name != name), None)
+    if outside is not None:
+        raise RefusedError(f"{path}: names the file {outside!r} outside its folder")
+    return manifest

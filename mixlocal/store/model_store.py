@@ -1,0 +1,107 @@
+"""A finished model on disk: manifest.json, trunk.safetensors, experts.bin, and the small files as they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from mixlocal.errors import CorruptError, MixlocalError
+from mixlocal.store.checkpoint import read_header, read_into
+from mixlocal.store.durable import named_errors
+from mixlocal.store.expert_file import ExpertFile
+from mixlocal.store.manifest import Manifest, StoredFile, read_manifest
+
+TRUNK_FILE = "trunk.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStore:
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> ModelStore:
+        """Read the manifest and check every file but the two large ones. Raises `NotFoundError` or `CorruptError`."""
+        store = cls(folder, read_manifest(folder))
+        for name, stored in store.manifest.files.items():
+            if name != TRUNK_FILE:
+                _check(folder / name, stored)
+        return store
+
+    def read_trunk(self) -> dict[str, torch.Tensor]:
+        """Every tensor but the experts', by our names, as views into one checked buffer."""
+        path, stored = self.folder / TRUNK_FILE, self.manifest.files[TRUNK_FILE]
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        with named_errors(path):
+            size = path.stat().st_size
+        if size != stored.nbytes:
+            raise CorruptError(f"{path}: {size} bytes instead of {stored.nbytes}", "remove the model and pull it again")
+        read_into(path, 0, memoryview(data.numpy()))
+        _check_digest(path, xxhash.xxh3_128(memoryview(data.numpy())).hexdigest(), stored)
+        return {
+            ref.name: data[ref.offset : ref.offset + ref.nbytes].view(ref.dtype).view(ref.shape)
+            for ref in read_header(path)
+        }
+
+    def experts(self) -> ExpertFile:
+        return ExpertFile(self.folder, self.manifest)
+
+    def verify(self) -> Iterator[tuple[int, int]]:
+        """Read every byte; yields (done, total) bytes. Raises `CorruptError` at the first damage."""
+        done, total = 0, self.manifest.nbytes
+        for name, stored in self.manifest.files.items():
+            _check(self.folder / name, stored)
+            done += stored.nbytes
+            yield done, total
+        experts = self.experts()
+        try:
+            for done_records in self._check_records(experts):
+                yield done + done_records * self.manifest.stride, total
+        finally:
+            experts.close()
+
+    def _check_records(self, experts: ExpertFile) -> Iterator[int]:
+        count, per_layer = len(self.manifest.records), self.manifest.n_experts
+        slots = [torch.empty(self.manifest.stride, dtype=torch.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(len(slots)) as pool:
+            for first in range(0, count, len(slots)):
+                batch = range(first, min(first + len(slots), count))
+                list(pool.map(lambda i, slot: experts.read(i // per_layer, i % per_layer, slot), batch, slots))
+                yield batch.stop
+
+
+def find_stores(models: Path) -> list[ModelStore | MixlocalError]:
+    """Every store under the models folder; a damaged one is returned as its error."""
+    found: list[ModelStore | MixlocalError] = []
+    for path in sorted(models.glob("*/*/manifest.json")):
+        try:
+            found.append(ModelStore(path.parent, read_manifest(path.parent)))
+        except MixlocalError as error:
+            found.append(error)
+    return found
+
+
+def file_digest(path: Path) -> StoredFile:
+    """Size and xxh3-128 of a file, read in pieces."""
+    digest, nbytes = xxhash.xxh3_128(), 0
+    with named_errors(path), path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            nbytes += len(chunk)
+    return StoredFile(nbytes, digest.hexdigest())
+
+
+def _check(path: Path, stored: StoredFile) -> None:
+    if not path.is_file():
+        raise CorruptError(f"{path}: missing", "remove the model and pull it again")
+    _check_digest(path, file_digest(path).xxh3, stored)
+
+
+def _check_digest(path: Path, digest: str, stored: StoredFile) -> None:
+    if digest != stored.xxh3:
+        raise CorruptError(f"{path}: damaged (its checksum does not match)", "remove the model and pull it again")

@@ -1,0 +1,50 @@
+"""Where things lie: XDG folders, or everything under one folder with MIXLOCAL_HOME or --home."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from mixlocal.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """data: models.  cache: downloads, which may be deleted at any time."""
+
+    data: Path
+    cache: Path
+
+    @property
+    def models(self) -> Path:
+        return self.data / "models"
+
+    @property
+    def downloads(self) -> Path:
+        return self.cache / "downloads"
+
+    def store(self, name: str, variant: str) -> Path:
+        """The folder of one model and variant. Raises `UsageError` if the name could leave the models folder."""
+        return self.models / check_name(name) / variant
+
+
+def home(override: Path | None = None) -> Home:
+    root = override or (Path(os.environ["MIXLOCAL_HOME"]) if os.environ.get("MIXLOCAL_HOME") else None)
+    if root is not None:
+        root = root.expanduser().absolute()
+        return Home(data=root, cache=root / "cache")
+    folders = platformdirs.PlatformDirs("mixlocal", appauthor=False)
+    return Home(data=folders.user_data_path, cache=folders.user_cache_path)
+
+
+def check_name(name: str) -> str:
+    """`name` if it is safe as a folder name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} cannot be the name of a model", "use letters, digits, dot, dash and underscore")
+    return name
