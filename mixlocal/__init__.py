@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """`Session` on first use: importing mixlocal loads no torch."""
     if name == "Session":
-        from mixlocal.app.session import Session  # noqa: PLC0415
+        from mixlocal.app.session import Session
 
         return Session
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

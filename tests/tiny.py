@@ -49,11 +49,11 @@ def tensors(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bf
     return result
 
 
-def write_checkpoint(folder: Path, seed: int = 0, shards: int = 1, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+def write_checkpoint(folder: Path, seed: int = 0, shards: int = 1, **changes: Any) -> Path:
     """A checkpoint whose config is `CONFIG` with `changes`; over several shards with an index if asked."""
     config = CONFIG | changes
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, tensors(config, seed, dtype), shards)
+    write_shards(folder, tensors(config, seed), shards)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder

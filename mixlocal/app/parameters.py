@@ -9,7 +9,7 @@ from mixlocal.model.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """total: stored.  active: used for one token (of the embedding, one row; counted whole, as published figures do)."""
+    """total: stored.  active: used for one token; the embedding counts whole, as in published figures."""
 
     name: str
     total: int

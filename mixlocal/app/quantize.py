@@ -98,7 +98,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, architecture: Arc
     if config.tied_embeddings:
         extra -= {architecture.trunk_source("head")}  # some writers store the tied head once more
     shapes = [
-        f"{n} {list(found[n].shape)} instead of {list(s)}" for n, s in expected.items() if n in found and found[n].shape != s
+        f"{n} {list(found[n].shape)} instead of {list(s)}"
+        for n, s in expected.items()
+        if n in found and found[n].shape != s
     ]
     types = [f"{n} {ref.dtype}" for n, ref in found.items() if n in expected and ref.dtype not in READABLE]
     problems = [
@@ -117,7 +119,12 @@ class _Quantization:
     """One run: reads the checkpoint, writes into the building folder."""
 
     def __init__(
-        self, job: QuantizeJob, checkpoint: Checkpoint, config: ModelConfig, architecture: Architecture, building: Building
+        self,
+        job: QuantizeJob,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        architecture: Architecture,
+        building: Building,
     ) -> None:
         self.job, self.checkpoint, self.config = job, checkpoint, config
         self.architecture, self.building = architecture, building
@@ -125,7 +132,9 @@ class _Quantization:
         self.total = sum(ref.nbytes for ref in checkpoint.tensors.values())
 
     def write_trunk(self) -> Iterator[Progress]:
-        sources = [(t, self.checkpoint.tensors[self.architecture.trunk_source(t.name)]) for t in trunk_tensors(self.config)]
+        sources = [
+            (t, self.checkpoint.tensors[self.architecture.trunk_source(t.name)]) for t in trunk_tensors(self.config)
+        ]
         nbytes = sum(ref.nbytes for _, ref in sources)
         if self.building.trunk is None:
             yield Progress("quantize", 0, self.total, "attention, router, embeddings")
@@ -254,5 +263,3 @@ def describe_errors(manifest: Manifest) -> dict[str, float]:
         for part, error in zip(EXPERT_PARTS, record.errors, strict=True):
             report[f"layers.{index // per_layer}.experts.{index % per_layer}.{part}"] = error
     return report
-
-

@@ -1,8 +1,8 @@
 """One loaded model: text in, text out.
 
-    with Session.open("smolmix") as session:
-        for chunk in session.stream("Why is the sky blue?"):
-            print(chunk.text, end="", flush=True)
+with Session.open("smolmix") as session:
+    for chunk in session.stream("Why is the sky blue?"):
+        print(chunk.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Self
 from mixlocal.app.catalog import VARIANTS, find_entry, sampling_defaults, split_variant
 from mixlocal.app.hardware import probe
 from mixlocal.app.template import ChatTemplate, Message, load_template
-from mixlocal.app.tokenizer import StopScanner, TextStream, Tokenizer, load_tokenizer
+from mixlocal.app.text_stream import StopScanner, TextStream
+from mixlocal.app.tokenizer import Tokenizer, load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
 from mixlocal.errors import NotFoundError, RefusedError, UsageError
@@ -82,7 +83,7 @@ class SessionOptions:
 
 
 class Session:
-    """A tokenizer, a chat template and a transformer. `warnings` are for the user; `defaults` are the model's own sampling."""
+    """Tokenizer, chat template, transformer. `warnings` are for the user; `defaults` are the model's own sampling."""
 
     def __init__(self, store: ModelStore, options: SessionOptions) -> None:
         """Load and check everything. Raises `MixlocalError`s of many kinds; nothing of a damaged store is used."""
@@ -119,24 +120,32 @@ class Session:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
         if raw:
             text = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
-            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+            bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
             return bos + self.tokenizer.encode(text + prefill)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         return self.template.encode(messages, self.tokenizer, prefill=prefill)
 
     def stream(
-        self, prompt: str | Sequence[Message], params: SamplingParams | None = None, *, raw: bool = False, prefill: str = ""
+        self,
+        prompt: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        prefill: str = "",
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Text that could begin a stop string is held back until it is known not to."""
-        return self.stream_ids(self.encode(prompt, raw=raw, prefill=prefill), params)
+        ids = self.encode(prompt, raw=raw, prefill=prefill)
+        return self.stream_ids(ids, params, continuation=raw or bool(prefill))
 
-    def stream_ids(self, ids: list[int], params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """As `stream`, for a prompt that is token ids already."""
+    def stream_ids(
+        self, ids: list[int], params: SamplingParams | None = None, *, continuation: bool = False
+    ) -> Iterator[Chunk]:
+        """As `stream`, for a prompt that is token ids already; `continuation`: the answer goes on in the same text."""
         params = params or self.defaults
         sampler = Sampler(params if params.seed is not None else replace(params, seed=draw_seed()))
         cache = KVCache(self.config, self.context)
         clock = _Clock(self.load_s, len(ids))
-        text, scanner = TextStream(self.tokenizer), StopScanner(params.stop)
+        text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
         for event in generate(self._model, ids, cache, sampler, self.tokenizer.eos_ids):
             if isinstance(event, Prefilled):
                 clock.prefilled()
@@ -275,7 +284,9 @@ def _warnings(config: ModelConfig, options: SessionOptions) -> tuple[str, ...]:
     if count is None or count == trained:
         return ()
     if not 1 <= count <= config.router.n_experts:
-        raise UsageError(f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer")
+        raise UsageError(
+            f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer"
+        )
     effect = "more reduces quality and speed" if count > trained else "fewer reduces quality and is faster"
     return (f"{count} experts per token; the model was trained with {trained}: {effect}",)
 
@@ -284,4 +295,6 @@ def _check_shape(store: ModelStore, config: ModelConfig) -> None:
     manifest = store.manifest
     ours = (config.dim, config.expert_hidden, config.n_layers, config.router.n_experts)
     if ours != (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts):
-        raise RefusedError(f"{store.folder}: config.json and {MANIFEST} are of different models", "pull the model again")
+        raise RefusedError(
+            f"{store.folder}: config.json and {MANIFEST} are of different models", "pull the model again"
+        )

@@ -77,7 +77,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except MixlocalError as error:
         _fail(error, debug, as_json)
     except MemoryError as error:
-        _fail(MemoryBudgetError("memory ran out", "close other programs, or choose a smaller model"), debug, as_json, error)
+        _fail(
+            MemoryBudgetError("memory ran out", "close other programs, or choose a smaller model"),
+            debug,
+            as_json,
+            error,
+        )
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted", "", as_json=False)
         sys.exit(130)
@@ -101,7 +106,9 @@ def _usage_hint(error: click.ClickException) -> str:
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print_error(f"unexpected {kind.__name__}: {error}", "run again with --debug and report what it prints", as_json=False)
+    print_error(
+        f"unexpected {kind.__name__}: {error}", "run again with --debug and report what it prints", as_json=False
+    )
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

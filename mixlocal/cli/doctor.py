@@ -16,13 +16,13 @@ from mixlocal.cli.render import console, print_json, safe_text
 @pass_globals
 def doctor(options: Globals) -> None:
     """Check this machine and say what each lack costs."""
-    from mixlocal.app.checkup import checkup  # noqa: PLC0415
+    from mixlocal.app.checkup import checkup
 
     findings = checkup(options.folders())
     if options.as_json:
         print_json([asdict(finding) for finding in findings])
         return
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @pass_globals
 def ls(options: Globals, everything: bool) -> None:
     """List the models on this machine."""
-    from mixlocal.app.catalog import read_catalog  # noqa: PLC0415
-    from mixlocal.store.model_store import find_stores  # noqa: PLC0415
+    from mixlocal.app.catalog import read_catalog
+    from mixlocal.store.model_store import find_stores
 
     rows: list[dict[str, Any]] = []
     for store in find_stores(options.folders().models):
@@ -34,7 +34,9 @@ def ls(options: Globals, everything: bool) -> None:
             warn(options, store.message)
         else:
             m = store.manifest
-            rows.append({"model": m.name, "variant": m.variant, "bytes": m.nbytes, "source": m.source.name, "installed": True})
+            rows.append(
+                {"model": m.name, "variant": m.variant, "bytes": m.nbytes, "source": m.source.name, "installed": True}
+            )
     if everything:
         known = {row["model"] for row in rows}
         rows += [
@@ -60,7 +62,7 @@ def show(options: Globals, model: str, layout: bool, template: bool) -> None:
 
     MODEL may be an installed model, a name of the catalogue, or a folder that holds no more than a config.json.
     """
-    from mixlocal.app.describe import describe  # noqa: PLC0415
+    from mixlocal.app.describe import describe
 
     description = describe(model, options.folders())
     if options.as_json:
@@ -90,9 +92,9 @@ def verify(options: Globals, model: str) -> None:
 @pass_globals
 def rm(options: Globals, model: str, yes: bool) -> None:
     """Remove MODEL from this machine."""
-    from mixlocal.app.install import remove  # noqa: PLC0415
-    from mixlocal.app.session import find_store  # noqa: PLC0415
-    from mixlocal.store.durable import folder_bytes  # noqa: PLC0415
+    from mixlocal.app.install import remove
+    from mixlocal.app.session import find_store
+    from mixlocal.store.durable import folder_bytes
 
     folder = find_store(model, options.folders())
     nbytes = folder_bytes(folder)
@@ -105,16 +107,16 @@ def rm(options: Globals, model: str, yes: bool) -> None:
 
 
 def _find(options: Globals, model: str) -> ModelStore:
-    from mixlocal.app.session import find_store  # noqa: PLC0415
-    from mixlocal.store.manifest import read_manifest  # noqa: PLC0415
-    from mixlocal.store.model_store import ModelStore  # noqa: PLC0415
+    from mixlocal.app.session import find_store
+    from mixlocal.store.manifest import read_manifest
+    from mixlocal.store.model_store import ModelStore
 
     folder = find_store(model, options.folders())
     return ModelStore(folder, read_manifest(folder))
 
 
 def _verification(store: ModelStore) -> Generator[Progress, None, int]:
-    from mixlocal.app.progress import Progress  # noqa: PLC0415
+    from mixlocal.app.progress import Progress
 
     total = 0
     for done, total in store.verify():
@@ -123,7 +125,7 @@ def _verification(store: ModelStore) -> Generator[Progress, None, int]:
 
 
 def _print_models(options: Globals, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("MODEL", "VARIANT", "SIZE", "FROM"):
@@ -135,7 +137,7 @@ def _print_models(options: Globals, rows: list[dict[str, Any]]) -> None:
 
 
 def _print_description(options: Globals, description: Description, layout: bool) -> None:
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table
 
     out = console(options, sys.stdout)
     for line in description.head:
@@ -151,5 +153,3 @@ def _print_description(options: Globals, description: Description, layout: bool)
         out.print(table)
     for line in ("", *description.explanation, *(description.layout if layout else ())):
         out.print(safe_text(line), markup=False, soft_wrap=True)
-
-

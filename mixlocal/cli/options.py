@@ -27,7 +27,7 @@ class Globals:
     debug: bool
 
     def folders(self) -> Home:
-        from mixlocal.store.paths import home  # noqa: PLC0415
+        from mixlocal.store.paths import home
 
         return home(Path(self.home) if self.home else None)
 
@@ -37,7 +37,9 @@ pass_globals = click.make_pass_decorator(Globals)
 
 def json_option(command: Command) -> Command:
     """`--json` after the command as well as before it."""
-    option = click.option("--json", is_flag=True, expose_value=False, callback=_remember_json, help="One JSON object on stdout.")
+    option = click.option(
+        "--json", is_flag=True, expose_value=False, callback=_remember_json, help="One JSON object on stdout."
+    )
     return option(command)
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat format.")
 @click.option("--prefill", default="", metavar="TEXT", help="Begin the answer with this.")
 @click.option("--no-stream", is_flag=True, help="Print the answer when it is complete.")
-@click.option("--logprobs", type=int, default=0, metavar="K", help="With --json: the K likeliest tokens at each position.")
+@click.option(
+    "--logprobs", type=int, default=0, metavar="K", help="With --json: the K likeliest tokens at each position."
+)
 @click.option("--ctx", type=int, metavar="N", help="Tokens of context; the model's own by default.")
 @click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; the model's own by default.")
 @click.option("--threads", type=int, metavar="N", help="Threads; all cores this process may use by default.")
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @sampling_options
 @json_option
 @pass_globals
-def prompt(options: Globals, text: tuple[str, ...], **given: Any) -> None:
+def prompt(options: Globals, /, text: tuple[str, ...], **given: Any) -> None:
     """Answer TEXT. What is piped in goes before it."""
     request = _Request(options, given)
     question = _question(text)
@@ -63,10 +65,10 @@ class _Request:
 
     def open(self) -> Session:
         """Load the model; smolmix is fetched and built at its first use."""
-        from mixlocal.app.catalog import DEFAULT_MODEL, split_variant  # noqa: PLC0415
-        from mixlocal.app.install import pull  # noqa: PLC0415
-        from mixlocal.app.session import Session  # noqa: PLC0415
-        from mixlocal.kernels.cpu import set_threads  # noqa: PLC0415
+        from mixlocal.app.catalog import DEFAULT_MODEL, split_variant
+        from mixlocal.app.install import pull
+        from mixlocal.app.session import Session
+        from mixlocal.kernels.cpu import set_threads
 
         name, variant = split_variant(self.given["model"])
         folders = self.options.folders()
@@ -75,7 +77,10 @@ class _Request:
         if self.given["threads"] is not None:
             set_threads(self.given["threads"])
         session = Session.open(
-            self.given["model"], context=self.given["ctx"], experts_per_token=self.given["experts_per_token"], folders=folders
+            self.given["model"],
+            context=self.given["ctx"],
+            experts_per_token=self.given["experts_per_token"],
+            folders=folders,
         )
         for warning in session.warnings:
             warn(self.options, warning)
@@ -87,7 +92,7 @@ class _Request:
         return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
 
     def messages(self, question: str) -> list[Any]:
-        from mixlocal.app.template import Message  # noqa: PLC0415
+        from mixlocal.app.template import Message
 
         system = [Message("system", self.given["system"])] if self.given["system"] else []
         return [*system, Message("user", question)]
@@ -143,14 +148,16 @@ class _Answer:
         body: dict[str, Any] = {
             "id": f"prompt-{secrets.token_hex(8)}", "model": self.session.name, "variant": self.session.variant,
             "prompt_tokens": stats.prompt_tokens if stats else None, "completion_tokens": len(self.choices),
-            "finish_reason": self.finish, "text": prefill + self.text, "token_ids": [choice.id for choice in self.choices],
+            "finish_reason": self.finish, "text": prefill + self.text,
+            "token_ids": [choice.id for choice in self.choices],
             "seed": self.params.seed, "params": asdict(self.params),
         }  # fmt: skip
         if self.params.logprobs:
             body["logprobs"] = [self._logprob(choice) for choice in self.choices]
         if stats is not None:
             body["timings"] = {
-                "load_s": stats.load_s, "ttft_s": stats.ttft_s, "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
+                "load_s": stats.load_s, "ttft_s": stats.ttft_s,
+                "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
             }  # fmt: skip
             body["offload"] = {"ram_peak": stats.ram_peak}
         return body | {"warnings": list(self.session.warnings)}

@@ -18,12 +18,14 @@ def pull(options: Globals, model: str, keep_source: bool) -> None:
 
     May be stopped at any moment; the same command goes on where it was.
     """
-    from mixlocal.app.catalog import split_variant  # noqa: PLC0415
-    from mixlocal.app.install import pull as install  # noqa: PLC0415
+    from mixlocal.app.catalog import split_variant
+    from mixlocal.app.install import pull as install
 
     name, variant = split_variant(model)
     store = show_progress(options, install(name, variant, options.folders(), keep_source=keep_source))
     manifest = store.manifest
     say(options, f"{manifest.name}:{manifest.variant} is ready, {size(manifest.nbytes)} in {store.folder}")
     if options.as_json:
-        print_json({"model": manifest.name, "variant": manifest.variant, "bytes": manifest.nbytes, "folder": str(store.folder)})
+        print_json(
+            {"model": manifest.name, "variant": manifest.variant, "bytes": manifest.nbytes, "folder": str(store.folder)}
+        )

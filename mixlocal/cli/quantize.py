@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,7 +12,10 @@ from mixlocal.cli.options import Globals, json_option, pass_globals
 from mixlocal.cli.render import print_json, say, show_progress, size
 from mixlocal.errors import UsageError
 
-VARIANT_OF = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16": "bf16"}
+if TYPE_CHECKING:
+    from mixlocal.app.catalog import Variant
+
+VARIANT_OF: dict[str, Variant] = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16": "bf16"}
 
 
 @click.command()
@@ -20,7 +24,9 @@ VARIANT_OF = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16": "bf16"}
 @click.option("--method", "--experts", type=click.Choice(list(VARIANT_OF)), help="The experts' format, by name.")
 @click.option("--attention", type=click.Choice(["bf16", "int8"]), default="bf16", show_default=True,
               help="Attention, embeddings and output head.")  # fmt: skip
-@click.option("--scales", type=click.Choice(["16", "32"]), default="16", show_default=True, help="Bits of a 4-bit block's scale.")
+@click.option(
+    "--scales", type=click.Choice(["16", "32"]), default="16", show_default=True, help="Bits of a 4-bit block's scale."
+)
 @click.option("--out", type=click.Path(), metavar="DIR", help="Write the store here and not among the models.")
 @click.option("--fresh", is_flag=True, help="Start over, and replace a finished store.")
 @click.option("--keep-source", is_flag=True, help="smolmix: keep the unquantized checkpoint.")
@@ -36,14 +42,14 @@ def quantize(
     Memory holds about one expert, whatever the model's size. May be killed at any moment; the same command goes on
     behind the last finished expert and gives the same bytes.
     """
-    from mixlocal.app.install import QuantizeRequest, quantize_model  # noqa: PLC0415
-    from mixlocal.app.quantize import describe_errors  # noqa: PLC0415
-    from mixlocal.store.manifest import Recipe  # noqa: PLC0415
+    from mixlocal.app.install import QuantizeRequest, quantize_model
+    from mixlocal.app.quantize import describe_errors
+    from mixlocal.store.manifest import Recipe
 
     kind = _kind(bits, method)
     recipe = Recipe(experts=kind, scale_bits=int(scales), attention=attention)  # type: ignore[arg-type]
     request = QuantizeRequest(
-        model, VARIANT_OF[kind], recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source  # type: ignore[arg-type]
+        model, VARIANT_OF[kind], recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source
     )
     store = show_progress(options, quantize_model(request, options.folders()))
     errors = describe_errors(store.manifest)
@@ -65,6 +71,6 @@ def _kind(bits: str | None, method: str | None) -> str:
 
 
 def _write_report(path: Path, errors: dict[str, float]) -> None:
-    from mixlocal.store.durable import write_file  # noqa: PLC0415
+    from mixlocal.store.durable import write_file
 
     write_file(path.absolute(), (json.dumps(errors, indent=1) + "\n").encode())

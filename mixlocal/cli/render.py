@@ -24,7 +24,9 @@ _STAGES = {"download": "downloading", "build": "building", "quantize": "quantizi
 
 def safe_text(text: str) -> str:
     """`text` with every control, bidirectional and invisible format character made visible."""
-    return "".join(c if c in _KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else _visible(c) for c in text)
+    return "".join(
+        c if c in _KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else _visible(c) for c in text
+    )
 
 
 def _visible(character: str) -> str:
@@ -34,10 +36,12 @@ def _visible(character: str) -> str:
 
 def console(options: Globals, stream: TextIO) -> Console:
     """A rich console for one of the two streams; NO_COLOR, FORCE_COLOR and TERM=dumb are honoured by rich."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     forced = {"always": True, "never": None, "auto": None}[options.color]
-    return Console(file=stream, force_terminal=forced, no_color=True if options.color == "never" else None, highlight=False)
+    return Console(
+        file=stream, force_terminal=forced, no_color=True if options.color == "never" else None, highlight=False
+    )
 
 
 def say(options: Globals, text: str) -> None:
@@ -119,8 +123,8 @@ def _lines(work: Generator[Progress, None, Result]) -> Result:
 
 
 def _bars(options: Globals, work: Generator[Progress, None, Result]) -> Result:
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bars  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),

@@ -28,7 +28,7 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. finish: set on the last. An end-of-sequence token is reported and is not part of the text."""
+    """One generated token. finish: set on the last, which may be an end-of-sequence token."""
 
     choice: Choice
     finish: Finish | None = None
@@ -43,10 +43,9 @@ def generate(
     `ContextOverflowError` if it does not fit.
     """
     check_fits(prompt, cache)
-    logits = None
-    for done, logits in prefill(model, prompt, cache):
-        yield Prefilled(done, len(prompt))
-    assert logits is not None
+    logits = torch.empty(0)
+    for progress, logits in prefill(model, prompt, cache):  # noqa: B007  the last ones are needed
+        yield progress
     history = list(prompt)
     room = min(sampler.params.max_tokens, cache.limit - cache.length)
     for index in range(room):
@@ -60,11 +59,11 @@ def generate(
             logits = decode_step(model, choice.id, cache)
 
 
-def prefill(model: Transformer, ids: list[int], cache: KVCache) -> Iterator[tuple[int, torch.Tensor]]:
-    """Run `ids` through the model in chunks; yields (tokens done, logits [V] after them)."""
+def prefill(model: Transformer, ids: list[int], cache: KVCache) -> Iterator[tuple[Prefilled, torch.Tensor]]:
+    """Run `ids` through the model in chunks; yields progress and the logits [V] after it."""
     for start in range(0, len(ids), PREFILL_CHUNK):
         chunk = ids[start : start + PREFILL_CHUNK]
-        yield start + len(chunk), model.forward(torch.tensor(chunk), cache)
+        yield Prefilled(start + len(chunk), len(ids)), model.forward(torch.tensor(chunk), cache)
 
 
 def decode_step(model: Transformer, token: int, cache: KVCache) -> torch.Tensor:

@@ -59,10 +59,12 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(params.seed or 0)
 
     def choose(self, logits: torch.Tensor, history: list[int]) -> Choice:
-        """Next token from float32 logits [V] after the ids in `history`. Raises `CorruptError` for NaN or no finite logit."""
+        """Next token from float32 logits [V] after the ids in `history`. `CorruptError` for NaN or no finite logit."""
         peak = logits.max().item()
         if not math.isfinite(peak):
-            raise CorruptError(f"the model computed {peak} after {len(history)} tokens", "check the model with: mixlocal verify")
+            raise CorruptError(
+                f"the model computed {peak} after {len(history)} tokens", "check it: mixlocal verify"
+            )
         logprobs = torch.log_softmax(logits, dim=-1)
         penalised = penalise(logits, history, self.params.repeat_penalty)
         token = int(penalised.argmax()) if self.params.temperature == 0 else self._draw(penalised)

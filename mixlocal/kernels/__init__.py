@@ -1,6 +1,6 @@
 """Arithmetic on packed weights: the one seam between the model and a processor.
 
-Shapes: T = tokens, R = rows (output features), C = columns (input features), K = experts per token, D = model dimension.
+T = tokens, R = rows (output features), C = columns (input features), D = model dimension, K = experts per token.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Sum over K of weights[t, k] * w2(silu(w1 x[t]) * (w3 x[t])) of expert expert_ids[t, k].
 
-        x float32 [T, D], expert_ids int64 [T, K], weights float32 [T, K] -> float32 [T, D]. `experts` holds at least the
-        distinct ids. Tokens are grouped by expert and each distinct expert's weights are walked once: no padding, no
-        token dropped (MegaBlocks, arXiv 2211.15841).
+        x float32 [T, D], expert_ids int64 [T, K], weights float32 [T, K] -> float32 [T, D]. `experts` holds at least
+        the distinct ids. Tokens are grouped by expert and each distinct expert's weights are walked once: no padding,
+        no token dropped (MegaBlocks, arXiv 2211.15841).
         """
 
 

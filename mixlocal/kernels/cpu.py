@@ -99,7 +99,7 @@ def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Wei
 
 
 def native_isas() -> tuple[str, ...]:
-    """The instruction sets of the compiled kernels that this machine can run, best first; empty where none were built."""
+    """The compiled instruction sets that this machine can run, best first; empty where none were built."""
     return () if MISSING else tuple(_native.available_isas())
 
 

@@ -81,7 +81,8 @@ def check_routing(
     if expert_ids.dtype != torch.int64 or expert_ids.ndim != 2 or len(expert_ids) != len(x):
         raise RefusedError(f"expert ids must be int64 [{len(x)}, K], not {expert_ids.dtype} {list(expert_ids.shape)}")
     if weights.dtype != torch.float32 or weights.shape != expert_ids.shape:
-        raise RefusedError(f"expert weights must be float32 {list(expert_ids.shape)}, not {weights.dtype} {list(weights.shape)}")
+        expected = f"float32 {list(expert_ids.shape)}"
+        raise RefusedError(f"expert weights must be {expected}, not {weights.dtype} {list(weights.shape)}")
     missing = sorted(set(expert_ids.flatten().tolist()) - set(experts))
     if missing:
         raise RefusedError(f"tokens are routed to experts {missing}, which are not at hand")
@@ -100,20 +101,20 @@ def _check_quantized(weight: QuantTensor) -> None:
     for part, (dtype, shape) in expected.items():
         tensor: torch.Tensor = getattr(weight, part)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise RefusedError(f"{spec.kind} {part} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise RefusedError(f"{spec.kind} {part} must be {dtype} {list(shape)}, not {found}")
 
 
 def _exact_rows(weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
     """A weight as float32, some rows at a time."""
     if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
         yield slice(0, len(weight)), weight
-        return
-    four_bit = isinstance(weight, QuantTensor) and weight.spec.four_bit
-    pairs = _pair_table(weight) if isinstance(weight, QuantTensor) and four_bit else None
-    for part in row_chunks(*weight.shape):
-        if isinstance(weight, QuantTensor) and pairs is not None:
+    elif isinstance(weight, QuantTensor) and weight.spec.four_bit:
+        pairs = _pair_table(weight)
+        for part in row_chunks(*weight.shape):
             yield part, _four_bit_rows(weight, pairs, part)
-        else:
+    else:
+        for part in row_chunks(*weight.shape):
             yield part, dequantize_rows(weight, part)
 
 
@@ -137,6 +138,5 @@ def _four_bit_rows(weight: QuantTensor, pairs: torch.Tensor, part: slice) -> tor
 def _picks_by_expert(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Each distinct id in ascending order, with the places t * K + k that chose it."""
     flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    distinct, counts = flat[order].unique_consecutive(return_counts=True)
-    yield from zip(distinct.tolist(), order.split(counts.tolist()), strict=True)
+    for expert_id in sorted(set(flat.tolist())):
+        yield expert_id, (flat == expert_id).nonzero().flatten()

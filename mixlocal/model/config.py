@@ -88,7 +88,9 @@ class ConfigFields:
         """Refuse every field that was never asked for, is not in `harmless` and is not null."""
         unknown = sorted(k for k in self.raw.keys() - self._asked - set(harmless) if self.raw[k] is not None)
         if unknown:
-            raise RefusedError(f"{self.where}: {unknown[0]} is not a setting we compute", "this model needs a newer mixlocal")
+            raise RefusedError(
+                f"{self.where}: {unknown[0]} is not a setting we compute", "this model needs a newer mixlocal"
+            )
 
     def refusal(self, name: str, reason: str) -> RefusedError:
         return RefusedError(f"{self.where}: {name} = {str(self.raw.get(name))[:60]} {reason}")

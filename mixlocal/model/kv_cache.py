@@ -42,7 +42,7 @@ class KVCache:
             self._data = grown
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [KH, T, head_dim] keys and values behind `length`; returns all of the layer's, [KH, length + T, head_dim]."""
+        """Store [KH, T, head_dim] keys and values behind `length`; returns all of them, [KH, length + T, head_dim]."""
         end = self.length + keys.shape[1]
         cached = self._data[layer]
         cached[0, :, self.length : end] = keys

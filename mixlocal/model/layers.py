@@ -1,4 +1,7 @@
-"""Norm, rotary embedding and attention.  T = new tokens, S = all tokens so far, H = heads, KH = key/value heads, d = head_dim."""
+"""Norm, rotary embedding and attention.
+
+T = new tokens, S = all tokens so far, H = heads, KH = key/value heads, d = head_dim.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def attend(
-    x: torch.Tensor, weights: AttentionWeights, layer: int, config: ModelConfig, cache: KVCache, step: Step, kernels: Kernels
+    x: torch.Tensor,
+    weights: AttentionWeights,
+    layer: int,
+    config: ModelConfig,
+    cache: KVCache,
+    step: Step,
+    kernels: Kernels,
 ) -> torch.Tensor:
     """Causal grouped-query attention of [T, D] over the cache, to which the new keys and values are appended."""
 
@@ -77,6 +86,10 @@ def attend(
     key = rotate(heads(weights.k, config.n_kv_heads), step)
     keys, values = cache.append(layer, key, heads(weights.v, config.n_kv_heads))
     mixed = scaled_dot_product_attention(
-        query[None], keys[None, :, step.first_key :], values[None, :, step.first_key :], attn_mask=step.mask, enable_gqa=True
+        query[None],
+        keys[None, :, step.first_key :],
+        values[None, :, step.first_key :],
+        attn_mask=step.mask,
+        enable_gqa=True,
     )
     return kernels.linear(mixed[0].transpose(0, 1).flatten(1), weights.o)

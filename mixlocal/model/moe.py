@@ -17,6 +17,8 @@ def route(hidden: torch.Tensor, router: torch.Tensor, top_k: int) -> Routing:
     return Routing(experts, weights / weights.sum(-1, keepdim=True))
 
 
-def moe_layer(hidden: torch.Tensor, router: torch.Tensor, top_k: int, layer: int, experts: ExpertRuntime) -> torch.Tensor:
+def moe_layer(
+    hidden: torch.Tensor, router: torch.Tensor, top_k: int, layer: int, experts: ExpertRuntime
+) -> torch.Tensor:
     """[T, D] -> [T, D]."""
     return experts.apply(layer, hidden, route(hidden, router, top_k))

@@ -38,7 +38,12 @@ class Transformer:
     """Blueprint, trunk and experts; the state of a sequence is the KVCache that the caller owns."""
 
     def __init__(
-        self, config: ModelConfig, trunk: TrunkWeights, experts: ExpertRuntime, kernels: Kernels, top_k: int | None = None
+        self,
+        config: ModelConfig,
+        trunk: TrunkWeights,
+        experts: ExpertRuntime,
+        kernels: Kernels,
+        top_k: int | None = None,
     ) -> None:
         self.config = config
         self.top_k = top_k or config.router.top_k

@@ -19,8 +19,8 @@ BLOCK_SIZE = 64
 PART_ALIGNMENT = 64
 RECORD_ALIGNMENT = 4096
 
-# The 16 levels of bitsandbytes' 4-bit types, by code, for blocks scaled to [-1, 1].
-# nf4: quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E). fp4: sign, 2 exponent bits, 1 mantissa bit.
+# The 16 levels of bitsandbytes' 4-bit types, by code, for blocks scaled to [-1, 1].  nf4: quantiles of a normal
+# distribution (QLoRA, arXiv 2305.14314, appendix E).  fp4: sign, 2 exponent bits, 1 mantissa bit.
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

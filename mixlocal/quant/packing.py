@@ -7,6 +7,11 @@ import torch
 from mixlocal.quant.format import ExpertLayout, ExpertWeights, QuantTensor, Weight
 
 
+def byte_view(data: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor, shared."""
+    return data.numpy().data
+
+
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes below 16, [R, C] -> [R, C/2]: first element in the high nibble, as bitsandbytes packs."""
     return (codes[:, ::2] << 4) | codes[:, 1::2]
@@ -49,7 +54,11 @@ def _record_arrays(layout: ExpertLayout, record: torch.Tensor) -> dict[str, torc
     for part in layout.parts:
         name, role = part.name.split(".")
         rows, columns = layout.shapes[name]
-        shape = (rows, columns // 2 if spec.four_bit else columns) if role == "codes" else spec.scales_shape((rows, columns))
+        shape = (
+            (rows, columns // 2 if spec.four_bit else columns)
+            if role == "codes"
+            else spec.scales_shape((rows, columns))
+        )
         dtype = code_dtype if role == "codes" else spec.scale_dtype
         arrays[part.name] = record[part.offset : part.offset + part.nbytes].view(dtype).view(shape)
     return arrays

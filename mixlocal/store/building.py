@@ -13,8 +13,17 @@ import msgspec
 import torch
 
 from mixlocal.quant.format import ExpertLayout
+from mixlocal.quant.packing import byte_view
 from mixlocal.store.checkpoint import read_into
-from mixlocal.store.durable import BuildFile, make_folder, named_errors, publish_folder, remove_file, remove_folder, write_file
+from mixlocal.store.durable import (
+    BuildFile,
+    make_folder,
+    named_errors,
+    publish_folder,
+    remove_file,
+    remove_folder,
+    write_file,
+)
 from mixlocal.store.expert_file import EXPERTS_FILE, record_digest
 from mixlocal.store.manifest import Manifest, Record, StoredFile, write_manifest
 from mixlocal.store.model_store import TRUNK_FILE, file_digest
@@ -43,7 +52,9 @@ Entry = JobEntry | TrunkEntry | RecordEntry
 class Building:
     """Use as a context manager; the caller holds the lock of the final folder."""
 
-    def __init__(self, final: Path, fingerprint: str, name: str, layout: ExpertLayout, n_layers: int, n_experts: int) -> None:
+    def __init__(
+        self, final: Path, fingerprint: str, name: str, layout: ExpertLayout, n_layers: int, n_experts: int
+    ) -> None:
         self.final, self.folder = final, final.with_name(f"{final.name}.building")
         self.layout, self.name, self.n_experts = layout, name, n_experts
         self.trunk: TrunkEntry | None = None
@@ -91,7 +102,7 @@ class Building:
 
     def commit_record(self, index: int, record: Record) -> None:
         """Write `slot` as record `index` and remember it."""
-        self._experts.write(index * self.layout.stride, memoryview(self.slot.numpy()))
+        self._experts.write(index * self.layout.stride, byte_view(self.slot))
         self._unsynced += self.layout.stride
         if self._unsynced >= SYNC_BYTES:
             self._experts.sync()
@@ -152,7 +163,7 @@ class Building:
     def _record_is_whole(self, entry: RecordEntry) -> bool:
         if not 0 <= entry.index < len(self.records):
             return False
-        read_into(self.folder / EXPERTS_FILE, entry.index * self.layout.stride, memoryview(self.slot.numpy()))
+        read_into(self.folder / EXPERTS_FILE, entry.index * self.layout.stride, byte_view(self.slot))
         layer, expert = divmod(entry.index, self.n_experts)
         return record_digest(self.name, layer, expert, self.slot) == entry.record.xxh3
 

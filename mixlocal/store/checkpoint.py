@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mixlocal.errors import CorruptError, NotFoundError, RefusedError
+from mixlocal.quant.packing import byte_view
 from mixlocal.store.durable import named_errors
 from mixlocal.store.strict_json import parse_json_object, read_json_object
 
@@ -62,7 +63,7 @@ class Checkpoint:
     def read(self, ref: TensorRef) -> torch.Tensor:
         """One tensor, read with `pread`. Raises `CorruptError` if the file has become shorter."""
         data = torch.empty(ref.nbytes, dtype=torch.uint8)
-        read_into(ref.path, ref.offset, memoryview(data.numpy()))
+        read_into(ref.path, ref.offset, byte_view(data))
         return data.view(ref.dtype).view(ref.shape)
 
     def _add(self, refs: Iterable[TensorRef]) -> None:
@@ -76,14 +77,16 @@ class Checkpoint:
         index = self.folder / INDEX
         for name, shard in weight_map.items():
             if name not in self.tensors or self.tensors[name].path.name != shard:
-                raise RefusedError(f"{index}: tensor {name} is not in {shard}", "a shard was swapped or is of another model")
+                raise RefusedError(
+                    f"{index}: tensor {name} is not in {shard}", "a shard was swapped or is of another model"
+                )
         extra = next((name for name in self.tensors if name not in weight_map), None)
         if extra is not None:
             raise RefusedError(f"{self.tensors[extra].path}: tensor {extra} is not in the index {INDEX}")
 
 
 def read_header(path: Path) -> list[TensorRef]:
-    """The tensors of one safetensors file, in file order; every claim of the header is checked against the file's size."""
+    """The tensors of one safetensors file in file order; every claim of the header is checked against the file."""
     with named_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -92,7 +95,9 @@ def read_header(path: Path) -> list[TensorRef]:
             raise CorruptError(f"{path}: truncated or not a safetensors file", "fetch it again")
         header = parse_json_object(file.read(length), f"{path}: header")
     header.pop("__metadata__", None)
-    refs = sorted((_tensor_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.offset)
+    refs = sorted(
+        (_tensor_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.offset
+    )
     end = 8 + length
     for ref in refs:
         if ref.offset != end:
@@ -118,7 +123,9 @@ def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> 
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
-            raise CorruptError(f"{path}: ends at byte {offset}, {len(view)} bytes early", "it was truncated; fetch it again")
+            raise CorruptError(
+                f"{path}: ends at byte {offset}, {len(view)} bytes early", "it was truncated; fetch it again"
+            )
         view, offset = view[count:], offset + count
 
 
@@ -151,7 +158,9 @@ def _shards(folder: Path) -> list[Path]:
     if not shards:
         unsafe = next((p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}")), None)
         if unsafe is not None:
-            raise RefusedError(f"{folder}: only pickled weights ({unsafe}); they can run code", "use a safetensors checkpoint")
+            raise RefusedError(
+                f"{folder}: only pickled weights ({unsafe}); they can run code", "use a safetensors checkpoint"
+            )
         raise NotFoundError(f"{folder}: no *.safetensors weights")
     return shards
 
@@ -161,6 +170,12 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RefusedError(f"{path}: weight_map is missing or empty")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or "\\" in shard
+            or "\0" in shard
+            or not shard.endswith(".safetensors")
+        ):
             raise RefusedError(f"{path}: weight_map names the file {shard!r} for {name}")
     return weight_map

@@ -20,7 +20,7 @@ from mixlocal.errors import CorruptError, DiskFullError, MixlocalError, NotFound
 Result = TypeVar("Result")
 Buffer = bytes | bytearray | memoryview
 
-# For tests: called with the name of each changing system call and its byte count; may raise, kill, or return a smaller count.
+# For tests: gets the name and byte count of each changing system call; may raise, kill, or return a smaller count.
 on_call: Callable[[str, int], int] | None = None
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,7 +42,9 @@ def named_error(error: OSError, path: Path) -> MixlocalError:
     if error.errno in _FULL:
         return DiskFullError(f"{path}: {reason}", "free some space and run the same command again: it resumes")
     if error.errno in _FORBIDDEN:
-        return PermissionDeniedError(f"{path}: {reason}", "check the owner and mode, or choose another folder with --home")
+        return PermissionDeniedError(
+            f"{path}: {reason}", "check the owner and mode, or choose another folder with --home"
+        )
     if error.errno in _ABSENT:
         return NotFoundError(f"{path}: {reason}")
     return CorruptError(f"{path}: {reason}", "check the disk")

@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 from mixlocal.errors import CorruptError
+from mixlocal.quant.packing import byte_view
 from mixlocal.store.checkpoint import read_exactly
 from mixlocal.store.durable import named_errors
 from mixlocal.store.manifest import Manifest
@@ -19,7 +20,7 @@ EXPERTS_FILE = "experts.bin"
 def record_digest(model: str, layer: int, expert: int, record: torch.Tensor) -> str:
     """xxh3-128 over model, layer, expert and bytes, so that a record in another's place is caught too."""
     digest = xxhash.xxh3_128(f"{model}\0{layer}\0{expert}\0".encode())
-    digest.update(memoryview(record.numpy()))
+    digest.update(byte_view(record))
     return digest.hexdigest()
 
 
@@ -42,9 +43,11 @@ class ExpertFile:
         manifest = self.manifest
         index = layer * manifest.n_experts + expert
         with named_errors(self.path):
-            read_exactly(self._descriptor, self.path, index * manifest.stride, memoryview(slot.numpy()))
+            read_exactly(self._descriptor, self.path, index * manifest.stride, byte_view(slot))
         if record_digest(manifest.name, layer, expert, slot) != manifest.records[index].xxh3:
-            raise CorruptError(f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again")
+            raise CorruptError(
+                f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again"
+            )
 
     def close(self) -> None:
         os.close(self._descriptor)

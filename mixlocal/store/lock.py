@@ -25,7 +25,9 @@ def locked(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
         with named_errors(path):
             lock.acquire()
     except filelock.Timeout as error:
-        raise LockedError(f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it") from error
+        raise LockedError(
+            f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it"
+        ) from error
     try:
         with named_errors(path):
             path.write_text(f"{os.getpid()}\n")

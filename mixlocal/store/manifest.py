@@ -15,11 +15,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class SourceFile(_Struct):
+class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file the store was made from; sha256 where it was known or cheap to know."""
 
     name: str
@@ -27,7 +23,7 @@ class SourceFile(_Struct):
     sha256: str | None = None
 
 
-class Source(_Struct):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the weights came from: a catalogue name, a repository or a folder's name, and its files."""
 
     name: str
@@ -35,7 +31,7 @@ class Source(_Struct):
     files: tuple[SourceFile, ...]
 
 
-class Recipe(_Struct):
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was done to the weights. Router and norms are always float32."""
 
     experts: Kind
@@ -51,19 +47,19 @@ class Recipe(_Struct):
         return QuantSpec(self.attention)
 
 
-class StoredFile(_Struct):
+class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbytes: int
     xxh3: str
 
 
-class Record(_Struct):
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert: xxh3-128 over identity and bytes, and the relative error of w1, w3, w2 against the source."""
 
     xxh3: str
     errors: tuple[float, float, float]
 
 
-class Manifest(_Struct):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything needed to open a store; `records` is indexed by layer * n_experts + expert."""
 
     format_version: int
@@ -96,7 +92,7 @@ class Manifest(_Struct):
         return self.experts_bytes + sum(file.nbytes for file in self.files.values())
 
 
-class _Sealed(_Struct):
+class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's outer object: the manifest and the sha256 of its canonical bytes."""
 
     manifest: msgspec.Raw
@@ -129,7 +125,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _decode(path: Path, body: bytes) -> Manifest:
     version = msgspec.json.decode(body).get("format_version")
     if version != FORMAT_VERSION:
-        raise RefusedError(f"{path}: format version {version}; this mixlocal reads {FORMAT_VERSION}", "upgrade mixlocal")
+        raise RefusedError(
+            f"{path}: format version {version}; this mixlocal reads {FORMAT_VERSION}", "upgrade mixlocal"
+        )
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
     except msgspec.ValidationError as error:

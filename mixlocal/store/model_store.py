@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from mixlocal.errors import CorruptError, MixlocalError
+from mixlocal.quant.packing import byte_view
 from mixlocal.store.checkpoint import read_header, read_into
 from mixlocal.store.durable import named_errors
 from mixlocal.store.expert_file import ExpertFile
@@ -41,8 +42,8 @@ class ModelStore:
             size = path.stat().st_size
         if size != stored.nbytes:
             raise CorruptError(f"{path}: {size} bytes instead of {stored.nbytes}", "remove the model and pull it again")
-        read_into(path, 0, memoryview(data.numpy()))
-        _check_digest(path, xxhash.xxh3_128(memoryview(data.numpy())).hexdigest(), stored)
+        read_into(path, 0, byte_view(data))
+        _check_digest(path, xxhash.xxh3_128(byte_view(data)).hexdigest(), stored)
         return {
             ref.name: data[ref.offset : ref.offset + ref.nbytes].view(ref.dtype).view(ref.shape)
             for ref in read_header(path)

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: the header is known before the data, so memory holds one tensor at a time."""
+"""Safetensors files written tensor by tensor: the header is known first, so memory holds one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from mixlocal.quant.packing import byte_view
 from mixlocal.store.checkpoint import DTYPE_NAMES
 from mixlocal.store.durable import BuildFile
 
@@ -50,8 +51,12 @@ class ShardWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         spec = next(self._specs)
-        assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape)), (spec, name, tensor.dtype)
-        self._put(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape)), (
+            spec,
+            name,
+            tensor.dtype,
+        )
+        self._put(byte_view(tensor.contiguous().flatten().view(torch.uint8)))
 
     def finish(self) -> WrittenFile:
         """Sync and close; the digests of the whole file."""

@@ -21,7 +21,9 @@ def linear_int8(isa: str, x: Tensor, codes: Tensor, scales: Tensor, out: Tensor)
 def linear_bf16(isa: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
     """x f32 [T, C], weight bf16 [R, C] -> out f32 [T, R]."""
 
-def quantize_4bit(isa: str, weights: Tensor, codebook: Tensor, codes: Tensor, scales: Tensor) -> tuple[float, float, int]:
+def quantize_4bit(
+    isa: str, weights: Tensor, codebook: Tensor, codes: Tensor, scales: Tensor
+) -> tuple[float, float, int]:
     """weights bf16 or f32 [R, C] -> codes uint8 [R, C/2], scales f16 or f32 [R, B].
 
     Returns the sums of squares of the error and of the weights, and the flat index of the first NaN or infinity or -1.

@@ -10,10 +10,11 @@ from mixlocal.model.tensors import ATTENTION, EMBEDDING, FINAL_NORM, HEAD
 
 # Fields of a Mixtral config.json that change nothing when a trained model is run.
 HARMLESS = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef",
-    "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
+    "return_dict", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version",
+    "use_cache",
 })  # fmt: skip
 _LAYER_NAMES = dict(zip(ATTENTION, (f"self_attn.{x}_proj" for x in "qkvo"), strict=True)) | {
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "router": "block_sparse_moe.gate",

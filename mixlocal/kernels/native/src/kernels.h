@@ -46,6 +46,7 @@ struct KernelTable {
     int lanes;         // floats in a vector, 8 or 16
     int tile_rows;     // `tile` computes tile_rows x (up to tile_vectors * lanes) outputs
     int tile_vectors;
+    int dot_limit;     // most tokens for which `dot`, kMaxDotTokens at a time, is faster than `unpack` and `tile`
 
     // out[t * out_stride + r] = weight[r] . x[t] for rows [first, last), t < tokens <= kMaxDotTokens; x: packed [tokens, stride].
     void (*dot)(const Matrix& weight, int64_t first, int64_t last, const float* x, int64_t x_stride, int tokens, float* out,

@@ -6,12 +6,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define TILE_VECTORS 2
+#define FOUR_BIT_ROWS 2, 2, 1, 1
+#define PLAIN_ROWS 4, 4, 2, 2
 
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 8, kTileRows = 6, kTileVectors = TILE_VECTORS, kDotRows = 2, kPrefetchBytes = 1024;
+constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2, kPrefetchBytes = 1024;
 
 typedef __m256 Floats;
 typedef __m256i Words;
@@ -24,9 +25,9 @@ INLINE Floats broadcast(float x) { return _mm256_set1_ps(x); }
 INLINE Floats zeros() { return _mm256_setzero_ps(); }
 INLINE Floats spread(const float* scales) { return _mm256_set1_ps(scales[0]); }
 INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
 INLINE float sum(Floats v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -78,6 +79,6 @@ INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT
 
 }  // namespace
 
-const KernelTable kAvx2Kernels = {"avx2", kLanes, kTileRows, kTileVectors, dot, unpack, tile, quantize_four_bit, quantize_int8};
+const KernelTable kAvx2Kernels = {"avx2", kLanes, kTileRows, kTileVectors, 12, dot, unpack, tile, quantize_four_bit, quantize_int8};
 
 }  // namespace mixlocal

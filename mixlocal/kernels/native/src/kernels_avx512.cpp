@@ -6,12 +6,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define TILE_VECTORS 3
+#define FOUR_BIT_ROWS 4, 2, 1, 2
+#define PLAIN_ROWS 4, 4, 2, 2
 
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 16, kTileRows = 8, kTileVectors = TILE_VECTORS, kDotRows = 4, kPrefetchBytes = 1024;
+constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3, kPrefetchBytes = 1024;
 
 typedef __m512 Floats;
 typedef __m512i Words;
@@ -26,9 +27,9 @@ INLINE Floats spread(const float* scales) {  // one block in the lower eight lan
     return _mm512_mask_broadcastss_ps(broadcast(scales[0]), 0xff00, _mm_set_ss(scales[1]));
 }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 INLINE float sum(Floats v) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -74,6 +75,6 @@ INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT
 
 }  // namespace
 
-const KernelTable kAvx512Kernels = {"avx512", kLanes, kTileRows, kTileVectors, dot, unpack, tile, quantize_four_bit, quantize_int8};
+const KernelTable kAvx512Kernels = {"avx512", kLanes, kTileRows, kTileVectors, 8, dot, unpack, tile, quantize_four_bit, quantize_int8};
 
 }  // namespace mixlocal

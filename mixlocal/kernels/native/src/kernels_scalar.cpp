@@ -7,12 +7,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 #define EACH_LANE for (int i = 0; i < kLanes; ++i)
-#define TILE_VECTORS 1
+#define FOUR_BIT_ROWS 1, 1, 1, 1
+#define PLAIN_ROWS 1, 1, 1, 1
 
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 8, kTileRows = 4, kTileVectors = TILE_VECTORS, kDotRows = 1, kPrefetchBytes = 256;
+constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 1, kPrefetchBytes = 256;
 
 struct Floats { float lane[kLanes]; };
 struct Words { uint32_t lane[kLanes]; };
@@ -25,9 +26,9 @@ INLINE Floats broadcast(float x) { Floats v; EACH_LANE v.lane[i] = x; return v; 
 INLINE Floats zeros() { return broadcast(0.0f); }
 INLINE Floats spread(const float* scales) { return broadcast(scales[0]); }
 INLINE Floats add(Floats a, Floats b) { EACH_LANE a.lane[i] += b.lane[i]; return a; }
-INLINE Floats subtract(Floats a, Floats b) { EACH_LANE a.lane[i] -= b.lane[i]; return a; }
 INLINE Floats multiply(Floats a, Floats b) { EACH_LANE a.lane[i] *= b.lane[i]; return a; }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { EACH_LANE c.lane[i] += a.lane[i] * b.lane[i]; return c; }
+INLINE Floats multiply_subtract(Floats a, Floats b, Floats c) { EACH_LANE c.lane[i] = a.lane[i] * b.lane[i] - c.lane[i]; return c; }
 INLINE float sum(Floats v) {
     const float* l = v.lane;
     return ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
@@ -84,6 +85,6 @@ INLINE uint16_t to_half(float x) {
 
 }  // namespace
 
-const KernelTable kScalarKernels = {"scalar", kLanes, kTileRows, kTileVectors, dot, unpack, tile, quantize_four_bit, quantize_int8};
+const KernelTable kScalarKernels = {"scalar", kLanes, kTileRows, kTileVectors, 2, dot, unpack, tile, quantize_four_bit, quantize_int8};
 
 }  // namespace mixlocal

@@ -12,12 +12,12 @@ namespace mixlocal {
 namespace {
 
 constexpr int64_t kDotRows = 32;       // rows of one work item with few tokens
-constexpr int64_t kDotLimit = 6;       // most tokens for which unpacking in registers, kMaxDotTokens at a time, wins
 constexpr int64_t kTileItemRows = 24;  // rows of one work item with many tokens: a multiple of every tile_rows
 constexpr int64_t kDepth = 256;        // columns unpacked at a time: 24 KiB, about half of a first-level cache
-constexpr int64_t kDepthStride = kDepth + 16;  // off the power of two, so that rows do not share cache sets
+constexpr int64_t kOffPowerOfTwo = 16;  // floats added to strides, so that rows do not share cache sets
+constexpr int64_t kDepthStride = kDepth + kOffPowerOfTwo;
 constexpr int64_t kTokens = 512;       // tokens whose sums one work item holds
-constexpr int64_t kTokensStride = kTokens + 16;
+constexpr int64_t kTokensStride = kTokens + kOffPowerOfTwo;
 
 struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -25,7 +25,7 @@ struct Free {
 using Buffer = std::unique_ptr<float[], Free>;
 
 Buffer allocate(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) / 64 + 1) * 64;
     void* const memory = std::aligned_alloc(64, bytes);
     if (!memory) throw std::bad_alloc();
     return Buffer(static_cast<float*>(memory));
@@ -37,19 +37,24 @@ int64_t padded_columns(const KernelTable& kernels, const Matrix& weight) {
     return round_up(weight.columns, weight.kind == kFourBit ? 8 * kernels.lanes : kernels.lanes);
 }
 
-// Which column stands at a packed position (see KernelTable).
-int64_t column_at(const KernelTable& kernels, const Matrix& weight, int64_t position) {
-    if (weight.kind != kFourBit) return position;
-    const int64_t lanes = kernels.lanes, group = position / (8 * lanes), k = position / lanes % 8, lane = position % lanes;
-    return group * 8 * lanes + 8 * lane + (k ^ 1);
+// visit(position, column) for the packed positions [begin, end), whole groups (see KernelTable for the order).
+template <class Visit>
+void for_each_position(const KernelTable& kernels, const Matrix& weight, int64_t begin, int64_t end, const Visit& visit) {
+    const int64_t lanes = kernels.lanes;
+    if (weight.kind != kFourBit) {
+        for (int64_t p = begin; p < end; ++p) visit(p, p);
+        return;
+    }
+    for (int64_t group = begin; group < end; group += 8 * lanes)
+        for (int64_t k = 0; k < 8; ++k)
+            for (int64_t l = 0; l < lanes; ++l) visit(group + k * lanes + l, group + 8 * l + (k ^ 1));
 }
 
-// x [tokens, columns] -> [tokens, padded] in packed order.
-void pack_rows(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, int64_t padded, float* to) {
-    for (int64_t p = 0; p < padded; ++p) {
-        const int64_t column = column_at(kernels, weight, p);
-        for (int64_t t = 0; t < tokens; ++t) to[t * padded + p] = column < weight.columns ? x[t * weight.columns + column] : 0.0f;
-    }
+// x [tokens, columns] -> [tokens, stride] in packed order.
+void pack_rows(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, int64_t stride, float* to) {
+    for (int64_t t = 0; t < tokens; ++t, x += weight.columns, to += stride)
+        for_each_position(kernels, weight, 0, padded_columns(kernels, weight),
+                          [&](int64_t p, int64_t column) { to[p] = column < weight.columns ? x[column] : 0.0f; });
 }
 
 // x [tokens, columns] -> [tokens / lanes, padded, lanes] in packed order, zeros for tokens past the end.
@@ -57,24 +62,25 @@ void pack_panels(const KernelTable& kernels, const Matrix& weight, const float* 
     const int64_t lanes = kernels.lanes, pieces = (padded + kDepth - 1) / kDepth;
     for_each_item((tokens + lanes - 1) / lanes * pieces, [&](int64_t item) {
         const int64_t first = item / pieces * lanes, begin = item % pieces * kDepth, end = std::min(begin + kDepth, padded);
-        for (int64_t p = begin; p < end; ++p) {
-            const int64_t column = column_at(kernels, weight, p);
+        const int64_t present = std::min(lanes, tokens - first);
+        for_each_position(kernels, weight, begin, end, [&](int64_t p, int64_t column) {
             float* const panel = to + first * padded + p * lanes;
-            for (int64_t l = 0; l < lanes; ++l)
-                panel[l] = column < weight.columns && first + l < tokens ? x[(first + l) * weight.columns + column] : 0.0f;
-        }
+            const int64_t count = column < weight.columns ? present : 0;
+            for (int64_t l = 0; l < count; ++l) panel[l] = x[(first + l) * weight.columns + column];
+            for (int64_t l = count; l < lanes; ++l) panel[l] = 0.0f;
+        });
     });
 }
 
 void linear_few(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    const int64_t padded = padded_columns(kernels, weight);
-    const Buffer packed = allocate(tokens * padded);
-    pack_rows(kernels, weight, x, tokens, padded, packed.get());
+    const int64_t stride = padded_columns(kernels, weight) + kOffPowerOfTwo;
+    const Buffer packed = allocate(tokens * stride);
+    pack_rows(kernels, weight, x, tokens, stride, packed.get());
     for_each_item((weight.rows + kDotRows - 1) / kDotRows, [&](int64_t item) {
         const int64_t first = item * kDotRows, last = std::min(first + kDotRows, weight.rows);
         for (int64_t t = 0; t < tokens; t += kMaxDotTokens) {
             const int count = static_cast<int>(std::min<int64_t>(kMaxDotTokens, tokens - t));
-            kernels.dot(weight, first, last, packed.get() + t * padded, padded, count, out + t * weight.rows, weight.rows);
+            kernels.dot(weight, first, last, packed.get() + t * stride, stride, count, out + t * weight.rows, weight.rows);
         }
     });
 }
@@ -122,7 +128,7 @@ void linear_many(const KernelTable& kernels, const Matrix& weight, const float* 
 }  // namespace
 
 void linear(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    if (tokens <= kDotLimit) linear_few(kernels, weight, x, tokens, out);
+    if (tokens <= kernels.dot_limit) linear_few(kernels, weight, x, tokens, out);
     else linear_many(kernels, weight, x, tokens, out);
 }
 

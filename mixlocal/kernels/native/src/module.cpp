@@ -44,6 +44,7 @@ Shape shape_of(const Array& array) {
 
 void check_shape(const char* name, const Array& array, const Shape& expected) {
     if (shape_of(array) != expected) refuse(std::string(name) + " has shape " + text(shape_of(array)) + ", not " + text(expected));
+    if (array.size() == 0) return;
     int64_t stride = 1;
     for (size_t i = array.ndim(); i-- > 0; stride *= expected[i])
         if (expected[i] > 1 && array.stride(i) != stride) refuse(std::string(name) + " is not contiguous");

@@ -1,0 +1,178 @@
+"""Kill and fail `quantize` at every durable call and at random moments; each rerun must give identical bytes.
+
+    python tests/faults/quantize_faults.py [--kills 20] [--every 1] [--json]
+
+One process imports everything and computes nothing; every attempt is a fork of it, so a fault costs milliseconds.
+Prints what fired: {"points": ..., "fired": ..., "kills": ..., "resumed": ..., "bad": [...]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tiny
+
+from mixlocal.app.install import QuantizeRequest, quantize_model
+from mixlocal.errors import CorruptError, DiskFullError, MixlocalError
+from mixlocal.store import durable
+from mixlocal.store.manifest import Recipe
+from mixlocal.store.paths import home
+
+KINDS = ("KILL", "EIO", "ENOSPC", "SHORT")
+CODES = {"EIO": CorruptError.exit_code, "ENOSPC": DiskFullError.exit_code, "SHORT": DiskFullError.exit_code}
+RECIPE = Recipe(experts="nf4", scale_bits=16, attention="int8")
+
+
+def quantize(checkpoint: Path, folder: Path) -> None:
+    for _ in quantize_model(QuantizeRequest(str(checkpoint), "q4", RECIPE), home(folder)):
+        pass
+
+
+def fault(kind: str, at: int) -> Callable[[str, int], int]:
+    """An `on_call` that strikes at the `at`-th durable call; a short write is followed by a full disk."""
+    calls = 0
+
+    def on_call(name: str, nbytes: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls < at or (calls > at and kind != "SHORT"):
+            return nbytes
+        if kind == "KILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "SHORT" and calls == at:
+            return nbytes // 2
+        raise OSError(errno.EIO if kind == "EIO" else errno.ENOSPC, os.strerror(errno.EIO if kind == "EIO" else errno.ENOSPC))
+
+    return on_call
+
+
+def attempt(checkpoint: Path, folder: Path, on_call: Callable[[str, int], int] | None = None) -> int:
+    """Fork and quantize; the child's pid."""
+    return forked(lambda: quantize(checkpoint, folder), on_call)
+
+
+def forked(work: Callable[[], object], on_call: Callable[[str, int], int] | None = None) -> int:
+    """The pid of a child that does `work`; torch's threads do not survive a fork, so only children compute."""
+    pid = os.fork()
+    if pid:
+        return pid
+    durable.on_call = on_call
+    code = 99  # an exception that is not ours: the child must say so and not run the parent's code
+    try:
+        work()
+        code = 0
+    except MixlocalError as error:
+        code = error.exit_code
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    """Exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def digest(folder: Path) -> str:
+    """Of every file below the models folder, names included."""
+    total = hashlib.sha256()
+    for path in sorted((folder / "models").rglob("*")):
+        if path.is_file() and not path.name.endswith(".lock"):
+            total.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def count_calls(checkpoint: Path, folder: Path) -> int:
+    """Durable calls of an undisturbed run."""
+    read_end, write_end = os.pipe()
+    calls = 0
+
+    def on_call(name: str, nbytes: int) -> int:
+        nonlocal calls
+        calls += 1
+        os.write(write_end, b".")
+        return nbytes
+
+    pid = attempt(checkpoint, folder, on_call)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        calls = len(pipe.read())
+    assert exit_code(pid) == 0
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--every", type=int, default=1, help="strike at every n-th call")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp())
+    try:
+        print(json.dumps(campaign(root, args.kills, args.every, random.Random(args.seed))))
+    finally:
+        shutil.rmtree(root)
+
+
+def campaign(root: Path, kills: int, every: int, rng: random.Random) -> dict[str, object]:
+    checkpoint, larger = root / "checkpoint", root / "larger"
+    assert exit_code(forked(lambda: tiny.write_checkpoint(checkpoint, shards=2))) == 0
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16}
+    assert exit_code(forked(lambda: tiny.write_checkpoint(larger, **wide))) == 0
+    calls = count_calls(checkpoint, root / "reference")
+    expected = digest(root / "reference")
+    points = [(k, kind) for k in range(1, calls + 1, every) for kind in KINDS]
+    bad: list[str] = []
+    fired = 0
+    for k, kind in points:
+        folder = root / "run"
+        code = exit_code(attempt(checkpoint, folder, fault(kind, k)))
+        wanted = -signal.SIGKILL if kind == "KILL" else CODES[kind]
+        fired += code == wanted
+        if code not in (wanted, 0):
+            bad.append(f"{kind} at call {k}: exit {code}")
+        bad += finish(checkpoint, folder, expected, f"{kind} at call {k}")
+    killed = kill_at_random(larger, root, kills, rng, bad)
+    return {"calls": calls, "points": len(points), "fired": fired, "kills": killed, "bad": bad}
+
+
+def kill_at_random(checkpoint: Path, root: Path, kills: int, rng: random.Random, bad: list[str]) -> int:
+    """`kill -9` until it has hit `kills` running processes."""
+    start = time.monotonic()
+    assert exit_code(attempt(checkpoint, root / "whole")) == 0
+    seconds, expected, hit = time.monotonic() - start, digest(root / "whole"), 0
+    for _ in range(4 * kills):
+        pid = attempt(checkpoint, root / "run")
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        if exit_code(pid) == -signal.SIGKILL:
+            hit += 1
+        bad += finish(checkpoint, root / "run", expected, f"kill {hit}")
+        if hit == kills:
+            break
+    return hit
+
+
+def finish(checkpoint: Path, folder: Path, expected: str, what: str) -> list[str]:
+    """Rerun undisturbed; what went wrong."""
+    code = exit_code(attempt(checkpoint, folder))
+    same = code == 0 and digest(folder) == expected
+    shutil.rmtree(folder, ignore_errors=True)
+    return [] if same else [f"{what}: rerun gave exit {code} and other bytes"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Model stores for tests: made from tiny checkpoints by the real quantizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mixlocal.app.catalog import VARIANTS
+from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
+from mixlocal.app.session import load_model
+from mixlocal.model.arch import read_config
+from mixlocal.model.config import ModelConfig
+from mixlocal.model.transformer import Transformer
+from mixlocal.store.durable import make_folder
+from mixlocal.store.manifest import Recipe
+from mixlocal.store.model_store import ModelStore
+from mixlocal.store.strict_json import read_json_object
+
+
+def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16", name: str = "tiny") -> ModelStore:
+    recipe = Recipe(experts=VARIANTS[variant], scale_bits=16, attention=attention)  # type: ignore[arg-type]
+    make_folder(out.parent)
+    for _ in quantize_checkpoint(QuantizeJob(checkpoint, out, name, variant, recipe, checkpoint.name)):
+        pass
+    return ModelStore.open(out)
+
+
+def open_model(store: ModelStore, top_k: int | None = None) -> tuple[Transformer, ModelConfig]:
+    path = store.folder / "config.json"
+    config = read_config(read_json_object(path), str(path))
+    return load_model(store, config, top_k), config
