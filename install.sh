@@ -105,7 +105,8 @@ absolute() {
     esac
 }
 
-# ---- the stamp: made=yes (by us, so ours to remove), key=FINGERPRINT (no key: unfinished), test=yes, cpu=yes
+# ---- the stamp: made=yes (by us, so ours to remove), test=yes and cpu=yes (as was asked), key=FINGERPRINT (none:
+# unfinished), lacks=WHAT (why there are no compiled kernels)
 
 stamped() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
 
@@ -116,7 +117,7 @@ write_stamp() {
 
 fingerprint() { # of all that decides what pip installs; Python files count by their names, as they are not copied
     {
-        printf '%s\n' "$root" "$venv" "$(toolchain)"
+        printf '%s\n' "$root" "$venv"
         cat pyproject.toml install.sh
         find mixlocal -name '*.py' | LC_ALL=C sort
         find mixlocal/kernels/native -type f ! -name '*.py*' -exec cksum {} + | LC_ALL=C sort
@@ -137,6 +138,7 @@ toolchain() { # what the compiled kernels would be built with, or what is lackin
 
 is_current() {
     [ -x "$venv/bin/mixlocal" ] && [ "$(stamped key)" = "$(fingerprint)" ] || return 1
+    [ -z "$(stamped lacks)" ] || [ "$(stamped lacks)" = "$(toolchain)" ] || return 1
     [ "$tests" = no ] || [ "$(stamped test)" = yes ] || return 1
     [ "$cpu" = no ] || [ "$(stamped cpu)" = yes ]
 }
@@ -247,7 +249,7 @@ adopt_venv() {
 }
 
 install_all() {
-    local made key extra=$tests # what is there once stays
+    local made key lacks="" extra=$tests # what is there once stays
     made=$(stamped made)
     if [ "$(stamped test)" = yes ]; then extra=yes; fi
     if [ "$(stamped cpu)" = yes ]; then cpu=yes; fi
@@ -255,7 +257,7 @@ install_all() {
     [ "$dry_run" = yes ] || write_stamp "made=$made" "test=$extra" "cpu=$cpu"
     install_torch
     install_mixlocal "$extra"
-    [ "$dry_run" = yes ] || write_stamp "made=$made" "test=$extra" "cpu=$cpu" "key=$key"
+    [ "$dry_run" = yes ] || write_stamp "made=$made" "test=$extra" "cpu=$cpu" "key=$key" "lacks=$lacks"
 }
 
 install_torch() {
@@ -271,14 +273,15 @@ install_torch() {
     pip_install ${from[@]+"${from[@]}"} "torch==$TORCH" || fail_with_log "PyTorch $TORCH"
 }
 
-install_mixlocal() { # WITH THE TEST EXTRA: yes|no
+install_mixlocal() { # WITH THE TEST EXTRA: yes|no; sets lacks
     local what=. missing
     if [ "$1" = yes ]; then what='.[test]'; fi
     step "installing mixlocal and compiling its kernels" || return 0
     pip_install -e "$what" "torch==$TORCH" || fail_with_log mixlocal
     missing=$("$venv/bin/python" -P -c 'from mixlocal.kernels.cpu import MISSING; print(MISSING)' 2>>"$log") ||
         fail $UNEXPECTED "mixlocal is installed and does not start; see $log"
-    [ -z "$missing" ] || note "no compiled kernels ($(toolchain)): PyTorch computes instead, several times slower;" \
+    [ -z "$missing" ] || lacks=$(toolchain)
+    [ -z "$lacks" ] || note "no compiled kernels ($lacks): PyTorch computes instead, several times slower;" \
         "install a C++ compiler and Python's headers, and run install.sh again"
 }
 

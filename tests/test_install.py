@@ -216,6 +216,13 @@ def test_without_compiled_kernels_it_says_the_cost_and_tries_again_when_that_cha
     assert machine.calls()[2:] == ["pip -v install -e . torch==2.13.0"]
 
 
+def test_compiled_kernels_outlive_the_compiler(machine: Machine) -> None:
+    machine.install(CXX=str(machine.stub("c++", "#!/bin/sh\n")))
+    (machine.folder / "stubs" / "c++").unlink()
+    machine.install()
+    assert len(machine.calls()) == 2
+
+
 def test_broken_pythons_on_the_path_are_passed_over(machine: Machine) -> None:
     for name in ("python3.13", "python3.12"):
         machine.stub(name, "#!/bin/sh\nexit 127\n")

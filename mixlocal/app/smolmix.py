@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.torch
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType, quants
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 
 from mixlocal.errors import CorruptError, NotFoundError, RefusedError
 from mixlocal.quant.quantize import row_chunks
@@ -389,10 +389,10 @@ def read_routers(path: Path, config: dict[str, Any]) -> torch.Tensor:
     if shape[1] == 1:
         return torch.zeros(shape)
     try:
-        routers = safetensors.torch.load(path.read_bytes())["routers"]
+        routers = from_bytes(path.read_bytes())["routers"]
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} is not there", "install mixlocal again") from error
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError) as error:
         raise corrupt(path, f"no routers in it ({error})") from error
     if list(routers.shape) != shape:
         raise RefusedError(f"{path}: routers has shape {list(routers.shape)}, not {shape}", OTHER_FILE)

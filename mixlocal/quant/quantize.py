@@ -95,7 +95,7 @@ def _four_bit_rows(exact: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, 
     scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).clamp_(-1, 1).view(rows, -1)
     levels, order = torch.tensor(CODEBOOKS[spec.kind]).sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    codes = order.to(torch.uint8)[torch.bucketize(scaled[:, :columns], midpoints, out_int32=True)]
+    codes = order.to(torch.uint8)[torch.bucketize(scaled[:, :columns].contiguous(), midpoints, out_int32=True)]
     return pack_nibbles(codes), absmax.to(spec.scale_dtype)
 
 

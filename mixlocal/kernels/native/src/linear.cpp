@@ -128,7 +128,8 @@ void linear_many(const KernelTable& kernels, const Matrix& weight, const float* 
 }  // namespace
 
 void linear(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    if (tokens <= kernels.dot_limit) linear_few(kernels, weight, x, tokens, out);
+    if (weight.columns == 0) std::fill_n(out, tokens * weight.rows, 0.0f);
+    else if (tokens <= kernels.dot_limit) linear_few(kernels, weight, x, tokens, out);
     else linear_many(kernels, weight, x, tokens, out);
 }
 
