@@ -70,8 +70,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.excepthook = _unexpected
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(arguments, prog_name="mixlocal", standalone_mode=False)
+        with cli.make_context("mixlocal", list(arguments)) as context:  # cli.main() would turn a closed pipe into exit 1
+            cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as end:  # --help, --version
+        sys.exit(end.exit_code)
     except click.ClickException as error:
         _fail(UsageError(error.format_message(), _usage_hint(error)), debug, as_json)
     except MixlocalError as error:

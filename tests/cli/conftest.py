@@ -1,0 +1,50 @@
+"""Runs the program in this process: exit code, stdout and stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+
+import pytest
+import tiny
+from stores import quantized
+
+from mixlocal.cli import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with two variants of one tiny model, and its checkpoint beside them."""
+    root = tmp_path_factory.mktemp("home")
+    checkpoint = tiny.write_checkpoint(root / "checkpoint", max_position_embeddings=512)
+    for variant in ("q4", "bf16"):
+        quantized(checkpoint, root / "models" / "tiny" / variant, variant)
+    return root
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setenv("MIXLOCAL_HOME", str(home))
+
+    def invoke(*arguments: str, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(stdin)))
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), captured.out, captured.err)
+
+    return invoke

@@ -1,0 +1,140 @@
+"""mixlocal prompt"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+GREEDY = ("-m", "tiny", "--raw", "-T", "0", "-n", "12")
+
+
+def test_answer_on_stdout_talk_on_stderr(run) -> None:
+    plain = run("prompt", *GREEDY, "Hello")
+    assert plain.code == 0
+    assert plain.out.endswith("\n")
+    assert "tok" in plain.err
+    assert "seed" in plain.err
+    assert "\x1b" not in plain.out + plain.err
+    assert run("-q", "prompt", *GREEDY, "Hello").err == ""
+    assert run("prompt", "--no-stream", *GREEDY, "Hello").out == plain.out
+
+
+def test_seed_printed_replays_the_run(run) -> None:
+    arguments = ("prompt", "-m", "tiny", "--raw", "-T", "1.2", "-n", "20", "Hello")
+    first = run(*arguments)
+    seed = first.err.split("seed ")[1].strip()
+    assert run(*arguments, "--seed", seed).out == first.out
+    assert run(*arguments, "--seed", str(int(seed) + 1)).out != first.out
+
+
+def test_json_envelope(run) -> None:
+    result = run("prompt", *GREEDY, "--json", "--logprobs", "3", "Hello")
+    body = json.loads(result.out)
+    assert body["model"] == "tiny"
+    assert body["variant"] == "q4"
+    assert body["finish_reason"] in ("stop", "length")
+    assert body["prompt_tokens"] == 5
+    assert body["completion_tokens"] == len(body["token_ids"]) == len(body["logprobs"])
+    assert all(len(entry["top"]) == 3 and entry["logprob"] <= 0 for entry in body["logprobs"])
+    assert all(entry["id"] == entry["top"][0]["id"] for entry in body["logprobs"])
+    assert set(body["timings"]) == {"load_s", "ttft_s", "prompt_tps", "gen_tps"}
+    assert body["params"]["temperature"] == 0
+    assert body["text"] == run("prompt", *GREEDY, "Hello").out.removesuffix("\n")
+    assert run("--json", "prompt", *GREEDY, "Hello").out.startswith("{")
+
+
+def test_stdin_goes_before_the_text(run) -> None:
+    both = run("prompt", *GREEDY, "--json", "there", stdin=b"Hello\n")
+    assert both.out and json.loads(both.out)["prompt_tokens"] == len("Hello\n\nthere")
+    assert json.loads(run("prompt", *GREEDY, "--json", stdin=b"Hello\n").out)["prompt_tokens"] == 5
+
+
+def test_prefill_begins_the_answer(run) -> None:
+    body = json.loads(run("prompt", *GREEDY, "--json", "--prefill", "Well, ", "Hello").out)
+    assert body["text"].startswith("Well, ")
+    assert body["prompt_tokens"] == len("HelloWell, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "says"),
+    [
+        (("-m", "tiny"), b"", 2, "no prompt"),
+        (("-m", "tiny"), b"caf\xe9", 2, "byte 3 is 0xe9"),
+        (("-m", "tiny"), b"a\0b", 2, "NUL byte at 1"),
+        (("-m", "tiny", "-T", "-1", "x"), b"", 2, "temperature"),
+        (("-m", "tiny", "--top-p", "2", "x"), b"", 2, "top-p"),
+        (("-m", "tiny", "--threads", "0", "x"), b"", 2, "threads"),
+        (("-m", "tiny", "--ctx", "100000", "x"), b"", 2, "--ctx"),
+        (("-m", "tiny", "--experts-per-token", "9", "x"), b"", 2, "--experts-per-token"),
+        (("-m", "tiny", "--logprobs", "3", "x"), b"", 2, "--logprobs needs --json"),
+        (("-m", "tiny", "--no-such-flag", "x"), b"", 2, "--no-such-flag"),
+        (("-m", "tiny", "-s", "Be brief.", "x"), b"", 2, "no chat format"),
+        (("-m", "tiny:q5", "x"), b"", 2, "no variant 'q5'"),
+        (("-m", "nobody", "x"), b"", 3, "nobody"),
+        (("-m", "/nowhere/at/all", "x"), b"", 3, "no such folder"),
+        (("-m", "mixtral-8x7b", "x"), b"", 3, "mixtral-8x7b is not installed"),
+        (("-m", "tiny", "--raw", "--ctx", "8", "123456789"), b"", 9, "9 tokens and the context holds 8"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_code(run, arguments, stdin, code, says) -> None:
+    result = run("prompt", *arguments, stdin=stdin)
+    assert result.code == code
+    assert result.out == ""
+    assert says in result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("\n") <= 2
+
+
+def test_errors_as_json(run) -> None:
+    result = run("prompt", "--json", "-m", "nobody", "x")
+    error = json.loads(result.err)["error"]
+    assert (error["code"], error["exit"], result.code) == ("not_found", 3, 3)
+
+
+def test_more_experts_than_trained_warns(run) -> None:
+    result = run("prompt", *GREEDY, "--experts-per-token", "3", "x")
+    assert "warning: 3 experts per token" in result.err
+
+
+def real(home: Path, *arguments: str, **options: object) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"MIXLOCAL_HOME": str(home)}
+    command = [sys.executable, "-m", "mixlocal", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+
+
+def test_a_closed_pipe_ends_quietly(home: Path) -> None:
+    with real(home, "prompt", "-m", "tiny", "--raw", "-T", "1.5", "-n", "400", "x", stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_answering(home: Path, number: signal.Signals, code: int) -> None:
+    arguments = ("prompt", "-m", "tiny", "--raw", "-T", "1.5", "--stop", "never", "-n", "450", "x")
+    with real(home, *arguments, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        start = time.monotonic()
+        process.send_signal(number)
+        errors = process.stderr.read()
+        process.wait()
+    assert time.monotonic() - start < 1
+    assert process.returncode == code
+    assert b"Traceback" not in errors
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    probe = "import sys, mixlocal.cli; sys.argv = ['mixlocal', '--help']\ntry: mixlocal.cli.main()\nfinally: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert result.stdout.endswith("False\n")
+    assert "prompt" in result.stdout
