@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from mixlocal.app.hardware import existing_parent
+from mixlocal.app.hardware import existing_parent, probe
 from mixlocal.app.progress import Progress
 from mixlocal.errors import DiskFullError, RefusedError
-from mixlocal.kernels.cpu import quantize_rows
+from mixlocal.kernels.cpu import quantize_rows, set_threads
 from mixlocal.model.arch import Architecture, find_architecture
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.load import SCALES_SUFFIX
@@ -65,6 +65,7 @@ def quantize_checkpoint(job: QuantizeJob) -> Generator[Progress, None, Manifest]
     Everything that can be refused is refused before the first byte is written. The caller holds the lock of `job.out`.
     Raises `RefusedError` (config, tensors, NaN), `CorruptError` (damaged shard), `DiskFullError`.
     """
+    set_threads(probe(job.out).cores)
     checkpoint = Checkpoint(job.checkpoint)
     where = str(job.checkpoint / "config.json")
     name, architecture = find_architecture(checkpoint.config, where)

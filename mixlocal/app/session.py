@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from mixlocal.app.catalog import VARIANTS, find_entry, sampling_defaults, split_variant
+from mixlocal.app.catalog import DEFAULT_MODEL, VARIANTS, find_entry, sampling_defaults, split_variant
 from mixlocal.app.hardware import probe
 from mixlocal.app.template import ChatTemplate, Message, load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
@@ -27,6 +27,7 @@ from mixlocal.errors import NotFoundError, RefusedError, UsageError
 from mixlocal.experts.plan import MemoryPlan, check_memory
 from mixlocal.experts.resident import ResidentExperts
 from mixlocal.kernels import select
+from mixlocal.kernels.cpu import set_threads
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import KVCache, kv_bytes_per_token
@@ -76,10 +77,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with."""
+    """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with.
+    threads: None for every core this process may use."""
 
     context: int | None = None
     experts_per_token: int | None = None
+    threads: int | None = None
 
 
 class Session:
@@ -90,13 +93,15 @@ class Session:
         start = time.perf_counter()
         manifest = store.manifest
         entry = find_entry(manifest.name)
+        hardware = probe(store.folder)
+        set_threads(hardware.cores if options.threads is None else options.threads)
         self.name, self.variant = manifest.name, manifest.variant
         self.config = read_config(read_json_object(store.folder / "config.json"), str(store.folder / "config.json"))
         self.context = _context(self.config, options)
         self.warnings = _warnings(self.config, options)
         self.defaults: SamplingParams = sampling_defaults(entry)
         _check_shape(store, self.config)
-        check_memory(plan(store, self.config, options.context), self.name, probe(store.folder).ram_free)
+        check_memory(plan(store, self.config, options.context), self.name, hardware.ram_free)
         self.tokenizer: Tokenizer = load_tokenizer(store.folder)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise RefusedError(
@@ -109,12 +114,17 @@ class Session:
 
     @classmethod
     def open(
-        cls, model: str = "smolmix", *, context: int | None = None, experts_per_token: int | None = None,
+        cls,
+        model: str = DEFAULT_MODEL,
+        *,
+        context: int | None = None,
+        experts_per_token: int | None = None,
+        threads: int | None = None,
         folders: Home | None = None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Load an installed model by name, name:variant or folder. Raises `NotFoundError` if it is not installed."""
         store = ModelStore.open(find_store(model, folders or home()))
-        return cls(store, SessionOptions(context, experts_per_token))
+        return cls(store, SessionOptions(context, experts_per_token, threads))
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""

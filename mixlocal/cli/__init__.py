@@ -64,7 +64,15 @@ def cli(ctx: click.Context, home: str | None, quiet: bool, color: str, as_json: 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit with the code of `mixlocal.errors`."""
-    arguments = sys.argv[1:] if argv is None else argv
+    code = _run(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        sys.exit(code)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.flush()
+    os._exit(code)  # taking torch apart would cost most of a second, and there is nothing left to save
+
+
+def _run(arguments: list[str]) -> int:
     debug, as_json = "--debug" in arguments, "--json" in arguments
     if not debug:
         sys.excepthook = _unexpected
@@ -74,33 +82,34 @@ def main(argv: list[str] | None = None) -> NoReturn:
             cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as end:  # --help, --version
-        sys.exit(end.exit_code)
+        return end.exit_code
     except click.ClickException as error:
-        _fail(UsageError(error.format_message(), _usage_hint(error)), debug, as_json)
+        return _fail(UsageError(error.format_message(), _usage_hint(error)), debug, as_json)
     except MixlocalError as error:
-        _fail(error, debug, as_json)
-    except MemoryError as error:
-        _fail(
-            MemoryBudgetError("memory ran out", "close other programs, or choose a smaller model"),
-            debug,
-            as_json,
-            error,
-        )
+        return _fail(error, debug, as_json)
+    except MemoryError:
+        return _fail(MemoryBudgetError("memory ran out", "close other programs, or use a smaller model"), debug, as_json)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted", "", as_json=False)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
         _drop_stdout()
-        sys.exit(141)
-    sys.exit(0)
+        return 141
+    except _TerminatedError:
+        return 128 + signal.SIGTERM
+    return 0
 
 
-def _fail(error: MixlocalError, debug: bool, as_json: bool, cause: BaseException | None = None) -> NoReturn:
+class _TerminatedError(BaseException):
+    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failure of its own."""
+
+
+def _fail(error: MixlocalError, debug: bool, as_json: bool) -> int:
     if debug:
-        raise error from cause
+        raise error
     with contextlib.suppress(BrokenPipeError):
         print_error(error.message, error.hint, as_json=as_json, code=error.code, exit_code=error.exit_code)
-    sys.exit(error.exit_code)
+    return error.exit_code
 
 
 def _usage_hint(error: click.ClickException) -> str:
@@ -115,7 +124,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+    raise _TerminatedError
 
 
 def _drop_stdout() -> None:

@@ -12,11 +12,12 @@ import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals, sampling_options, sampling_params
 from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
-from mixlocal.errors import UsageError
+from mixlocal.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.session import Chunk, RunStats, Session
     from mixlocal.engine.sampling import Choice, SamplingParams
+    from mixlocal.store.paths import Home
 
 
 @click.command()
@@ -65,21 +66,15 @@ class _Request:
 
     def open(self) -> Session:
         """Load the model; smolmix is fetched and built at its first use."""
-        from mixlocal.app.catalog import DEFAULT_MODEL, split_variant
-        from mixlocal.app.install import pull
         from mixlocal.app.session import Session
-        from mixlocal.kernels.cpu import set_threads
 
-        name, variant = split_variant(self.given["model"])
         folders = self.options.folders()
-        if name == DEFAULT_MODEL:
-            show_progress(self.options, pull(name, variant, folders))
-        if self.given["threads"] is not None:
-            set_threads(self.given["threads"])
+        _install_default(self.options, self.given["model"], folders)
         session = Session.open(
             self.given["model"],
             context=self.given["ctx"],
             experts_per_token=self.given["experts_per_token"],
+            threads=self.given["threads"],
             folders=folders,
         )
         for warning in session.warnings:
@@ -168,6 +163,22 @@ class _Answer:
             return {"id": token_id, "token": text.decode(errors="replace"), "bytes": list(text), "logprob": logprob}
 
         return token(choice.id, choice.logprob) | {"top": [token(*pair) for pair in choice.top]}
+
+
+def _install_default(options: Globals, model: str, folders: Home) -> None:
+    """Fetch and build the default model if it is the one asked for and not there; others are pulled on purpose."""
+    from mixlocal.app.catalog import DEFAULT_MODEL, split_variant
+    from mixlocal.app.session import find_store
+
+    name, variant = split_variant(model)
+    try:
+        find_store(model, folders)
+    except NotFoundError:
+        if name != DEFAULT_MODEL:
+            raise
+        from mixlocal.app.install import pull
+
+        show_progress(options, pull(name, variant, folders))
 
 
 def _question(text: tuple[str, ...]) -> str:

@@ -124,10 +124,17 @@ def chosen_isa() -> str | None:
 
 
 def set_threads(count: int) -> None:
-    """Let the compiled kernels use `count` threads, 1 or more; at first they use every core the process may run on."""
+    """Compute with `count` threads, 1 or more.
+
+    Where the compiled kernels do the work, PyTorch keeps to one thread: its own would wait for each other by spinning
+    after every small operation, and a busy neighbour on the machine then costs ten times the work.
+    """
     if count < 1:
         raise UsageError(f"{count} threads cannot compute anything", "use 1 or more")
-    if not MISSING:
+    if MISSING:
+        torch.set_num_threads(count)
+    else:
+        torch.set_num_threads(1)
         _native.set_threads(count)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +57,7 @@ class ConfigFields:
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         value = self._get(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise self.refusal(name, f"must be a number from {low:g} to {high:g}")
         return float(value)
 
@@ -82,18 +82,19 @@ class ConfigFields:
         self._asked.add(name)
         value = self.raw.get(name)
         if value is not None and not any(value == option and type(value) is type(option) for option in allowed):
-            raise self.refusal(name, f"is not supported; only {' or '.join(map(repr, allowed))}")
+            only = f"; only {' or '.join(map(repr, allowed))}" if allowed else ""
+            raise self.refusal(name, f"is not supported{only}")
 
     def refuse_unknown(self, harmless: Iterable[str]) -> None:
         """Refuse every field that was never asked for, is not in `harmless` and is not null."""
         unknown = sorted(k for k in self.raw.keys() - self._asked - set(harmless) if self.raw[k] is not None)
         if unknown:
             raise RefusedError(
-                f"{self.where}: {unknown[0]} is not a setting we compute", "this model needs a newer mixlocal"
+                f"{self.where}: {_shown(unknown[0])} is not a setting we compute", "this model needs a newer mixlocal"
             )
 
     def refusal(self, name: str, reason: str) -> RefusedError:
-        return RefusedError(f"{self.where}: {name} = {str(self.raw.get(name))[:60]} {reason}")
+        return RefusedError(f"{self.where}: {name} = {_shown(self.raw.get(name))} {reason}")
 
     def _get(self, name: str, default: object) -> Any:
         self._asked.add(name)
@@ -101,3 +102,8 @@ class ConfigFields:
         if value is None and default is None:
             raise RefusedError(f"{self.where}: {name} is missing")
         return default if value is None else value
+
+
+def _shown(value: object) -> str:
+    """A value from outside in an error message: short, one line, and nested ones not followed to the bottom."""
+    return reprlib.repr(value)[:60]

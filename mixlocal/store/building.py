@@ -27,6 +27,7 @@ from mixlocal.store.durable import (
 from mixlocal.store.expert_file import EXPERTS_FILE, record_digest
 from mixlocal.store.manifest import Manifest, Record, StoredFile, write_manifest
 from mixlocal.store.model_store import TRUNK_FILE, file_digest
+from mixlocal.store.paths import BUILDING_SUFFIX
 
 SYNC_BYTES = 1 << 30
 
@@ -55,7 +56,7 @@ class Building:
     def __init__(
         self, final: Path, fingerprint: str, name: str, layout: ExpertLayout, n_layers: int, n_experts: int
     ) -> None:
-        self.final, self.folder = final, final.with_name(f"{final.name}.building")
+        self.final, self.folder = final, final.with_name(final.name + BUILDING_SUFFIX)
         self.layout, self.name, self.n_experts = layout, name, n_experts
         self.trunk: TrunkEntry | None = None
         self.records: list[Record | None] = [None] * (n_layers * n_experts)

@@ -6,6 +6,7 @@ The format: 8 bytes of header length, a JSON header of name -> {dtype, shape, da
 from __future__ import annotations
 
 import os
+import reprlib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from mixlocal.errors import CorruptError, NotFoundError, RefusedError
 from mixlocal.quant.packing import byte_view
 from mixlocal.store.durable import named_errors
+from mixlocal.store.paths import is_plain_name
 from mixlocal.store.strict_json import parse_json_object, read_json_object
 
 DTYPES = {
@@ -26,6 +28,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 25_000_000
+MAX_RANK, MAX_NAME = 8, 256
 MAX_INDEX_BYTES = 32 << 20
 INDEX = "model.safetensors.index.json"
 
@@ -48,10 +51,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Raises `NotFoundError`, `RefusedError` or `CorruptError`, naming the file."""
         self.folder = folder
-        if not folder.is_dir():
-            raise NotFoundError(f"{folder}: no such folder")
-        if not (folder / "config.json").is_file():
-            raise NotFoundError(f"{folder}: no config.json", "give a folder in Hugging Face format")
+        with named_errors(folder):
+            if not folder.is_dir():
+                raise NotFoundError(f"{folder}: no such folder")
+            if not (folder / "config.json").is_file():
+                raise NotFoundError(f"{folder}: no config.json", "give a folder in Hugging Face format")
         self.config: dict[str, Any] = read_json_object(folder / "config.json")
         self.shards = _shards(folder)
         self.tensors: dict[str, TensorRef] = {}
@@ -89,16 +93,27 @@ def read_header(path: Path) -> list[TensorRef]:
     """The tensors of one safetensors file in file order; every claim of the header is checked against the file."""
     with named_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CorruptError(f"{path}: truncated or not a safetensors file", "fetch it again")
-        header = parse_json_object(file.read(length), f"{path}: header")
-    header.pop("__metadata__", None)
+        start = data_start(path, file.read(8), size)
+        return tensor_refs(path, file.read(start - 8), size)
+
+
+def data_start(path: Path, prefix: bytes, size: int) -> int:
+    """Where the data begins in a safetensors file of `size` bytes with these first 8."""
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise CorruptError(f"{path}: truncated or not a safetensors file", "fetch it again")
+    return 8 + int(length)
+
+
+def tensor_refs(path: Path, header: bytes, size: int) -> list[TensorRef]:
+    """As `read_header`, from the JSON between the length and the data of a file of `size` bytes."""
+    entries = parse_json_object(header, f"{path}: header")
+    entries.pop("__metadata__", None)
+    end = 8 + len(header)
     refs = sorted(
-        (_tensor_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.offset
+        (_tensor_ref(path, name, entry, end) for name, entry in entries.items()),
+        key=lambda ref: (ref.offset, ref.nbytes),  # empty tensors first
     )
-    end = 8 + length
     for ref in refs:
         if ref.offset != end:
             raise CorruptError(f"{path}: tensor {ref.name} overlaps another or leaves a gap")
@@ -129,20 +144,31 @@ def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> 
         view, offset = view[count:], offset + count
 
 
-def _tensor_ref(path: Path, name: str, entry: object, data_start: int) -> TensorRef:
+def _tensor_ref(path: Path, name: str, entry: object, start: int) -> TensorRef:
+    if not _is_tensor_name(name):
+        raise CorruptError(f"{path}: header names a tensor {reprlib.repr(name)}")
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if not rest:
             pass
         case _:
             raise CorruptError(f"{path}: header entry of tensor {name} is malformed")
     if dtype not in DTYPES:
-        raise RefusedError(f"{path}: tensor {name} has type {dtype}, which we cannot read")
-    if not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
-        raise CorruptError(f"{path}: tensor {name} has shape {shape}")
+        raise RefusedError(f"{path}: tensor {name} has type {reprlib.repr(dtype)}, which we cannot read")
+    if len(shape) > MAX_RANK or not all(_is_size(n) for n in (*shape, begin, end)):
+        raise CorruptError(f"{path}: tensor {name} has an impossible shape or offset")
     nbytes = prod(shape) * DTYPES[dtype].itemsize
-    if begin < 0 or end - begin != nbytes:
+    if end - begin != nbytes:
         raise CorruptError(f"{path}: tensor {name} of shape {shape} claims {end - begin} bytes instead of {nbytes}")
-    return TensorRef(name, path, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
+    return TensorRef(name, path, DTYPES[dtype], tuple(shape), start + begin, nbytes)
+
+
+def _is_tensor_name(name: str) -> bool:
+    return name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME
+
+
+def _is_size(n: object) -> bool:
+    """Whether a number of a header can be a count of elements or bytes; larger ones are not worth an addition."""
+    return type(n) is int and 0 <= n < 1 << 50
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -154,7 +180,7 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not shards:
         unsafe = next((p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}")), None)
         if unsafe is not None:
@@ -170,12 +196,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RefusedError(f"{path}: weight_map is missing or empty")
     for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or Path(shard).name != shard
-            or "\\" in shard
-            or "\0" in shard
-            or not shard.endswith(".safetensors")
-        ):
-            raise RefusedError(f"{path}: weight_map names the file {shard!r} for {name}")
+        if not _is_tensor_name(name):
+            raise RefusedError(f"{path}: weight_map names a tensor {reprlib.repr(name)}")
+        if not isinstance(shard, str) or not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise RefusedError(f"{path}: weight_map names the file {reprlib.repr(shard)} for {name}")
     return weight_map

@@ -65,10 +65,21 @@ def write_file(path: Path, data: Buffer) -> None:
                 file.write(0, data)
                 file.sync()
             _call("rename", 0, lambda _: os.replace(temp, path))
-        except OSError:
+        finally:
             temp.unlink(missing_ok=True)
-            raise
         sync_folder(path.parent)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Move a finished file that another program wrote to `target`, on the same disk, and make it durable."""
+    with named_errors(target):
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _call("fsync", 0, lambda _: os.fsync(descriptor))
+        finally:
+            os.close(descriptor)
+        _call("rename", 0, lambda _: os.replace(source, target))
+        sync_folder(target.parent)
 
 
 def publish_folder(building: Path, final: Path) -> None:
@@ -80,9 +91,13 @@ def publish_folder(building: Path, final: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder: it stops being visible at once, then its files go."""
+    """Remove a folder: it stops being visible at once, then its files go. A symbolic link is refused."""
     grave = path.with_name(f".{path.name}.{os.getpid()}.removed")
     with named_errors(path):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "is a symbolic link")
+        if grave.exists():  # of a process that died with our number
+            _call("rmtree", 0, lambda _: shutil.rmtree(grave))
         _call("rename", 0, lambda _: os.rename(path, grave))
         _call("rmtree", 0, lambda _: shutil.rmtree(grave))
         sync_folder(path.parent)
@@ -155,7 +170,8 @@ class BuildFile:
             _call("fsync", 0, lambda _: os.fsync(self._descriptor))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        with named_errors(self.path):
+            os.close(self._descriptor)
 
     def __enter__(self) -> BuildFile:
         return self

@@ -32,7 +32,9 @@ class ExpertFile:
         self.path = folder / EXPERTS_FILE
         self.manifest = manifest
         with named_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if not self.path.exists():
+                raise CorruptError(f"{self.path}: missing", "remove the model and pull it again")
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         size = os.fstat(self._descriptor).st_size
         if size != manifest.experts_bytes:
             self.close()

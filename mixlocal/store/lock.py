@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 
 from mixlocal.errors import LockedError
-from mixlocal.store.durable import make_folder, named_errors
+from mixlocal.store.durable import BuildFile, make_folder, named_errors
 
 WAIT_SECONDS = 10.0
 
@@ -29,8 +29,9 @@ def locked(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
             f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it"
         ) from error
     try:
-        with named_errors(path):
-            path.write_text(f"{os.getpid()}\n")
+        with BuildFile(path) as file:
+            file.truncate(0)
+            file.write(0, f"{os.getpid()}\n".encode())
         yield
     finally:
         lock.release()

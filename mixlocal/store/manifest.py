@@ -10,6 +10,7 @@ import msgspec
 from mixlocal.errors import CorruptError, NotFoundError, RefusedError
 from mixlocal.quant.format import ExpertLayout, Kind, QuantSpec, ScaleBits
 from mixlocal.store.durable import named_errors, write_file
+from mixlocal.store.paths import is_plain_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -92,6 +93,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.experts_bytes + sum(file.nbytes for file in self.files.values())
 
 
+class _Version(msgspec.Struct, frozen=True):
+    """What every version of the format has in common."""
+
+    format_version: int
+
+
 class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's outer object: the manifest and the sha256 of its canonical bytes."""
 
@@ -123,18 +130,20 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _decode(path: Path, body: bytes) -> Manifest:
-    version = msgspec.json.decode(body).get("format_version")
-    if version != FORMAT_VERSION:
+    try:
+        version = msgspec.json.decode(body, type=_Version).format_version
+        manifest = msgspec.json.decode(body, type=Manifest) if version == FORMAT_VERSION else None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptError(f"{path}: {error}") from error
+    if manifest is None:
         raise RefusedError(
             f"{path}: format version {version}; this mixlocal reads {FORMAT_VERSION}", "upgrade mixlocal"
         )
-    try:
-        manifest = msgspec.json.decode(body, type=Manifest)
-    except msgspec.ValidationError as error:
-        raise CorruptError(f"{path}: {error}") from error
-    if manifest.stride != manifest.layout.stride or len(manifest.records) != manifest.n_layers * manifest.n_experts:
+    counts = (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts)
+    n_records = manifest.n_layers * manifest.n_experts
+    if min(counts) < 1 or manifest.stride != manifest.layout.stride or len(manifest.records) != n_records:
         raise CorruptError(f"{path}: its record layout contradicts itself")
-    outside = next((name for name in manifest.files if Path(name).name != name), None)
+    outside = next((name for name in manifest.files if not is_plain_name(name)), None)
     if outside is not None:
         raise RefusedError(f"{path}: names the file {outside!r} outside its folder")
     return manifest

@@ -12,10 +12,11 @@ import xxhash
 
 from mixlocal.errors import CorruptError, MixlocalError
 from mixlocal.quant.packing import byte_view
-from mixlocal.store.checkpoint import read_header, read_into
+from mixlocal.store.checkpoint import TensorRef, data_start, read_into, tensor_refs
 from mixlocal.store.durable import named_errors
 from mixlocal.store.expert_file import ExpertFile
 from mixlocal.store.manifest import Manifest, StoredFile, read_manifest
+from mixlocal.store.paths import BUILDING_SUFFIX
 
 TRUNK_FILE = "trunk.safetensors"
 
@@ -29,6 +30,8 @@ class ModelStore:
     def open(cls, folder: Path) -> ModelStore:
         """Read the manifest and check every file but the two large ones. Raises `NotFoundError` or `CorruptError`."""
         store = cls(folder, read_manifest(folder))
+        if TRUNK_FILE not in store.manifest.files:
+            raise CorruptError(f"{folder}: its manifest names no {TRUNK_FILE}", "remove the model and pull it again")
         for name, stored in store.manifest.files.items():
             if name != TRUNK_FILE:
                 _check(folder / name, stored)
@@ -44,10 +47,8 @@ class ModelStore:
             raise CorruptError(f"{path}: {size} bytes instead of {stored.nbytes}", "remove the model and pull it again")
         read_into(path, 0, byte_view(data))
         _check_digest(path, xxhash.xxh3_128(byte_view(data)).hexdigest(), stored)
-        return {
-            ref.name: data[ref.offset : ref.offset + ref.nbytes].view(ref.dtype).view(ref.shape)
-            for ref in read_header(path)
-        }
+        start = data_start(path, bytes(data[:8]), size)
+        return {ref.name: _tensor(data, ref) for ref in tensor_refs(path, bytes(data[8:start]), size)}
 
     def experts(self) -> ExpertFile:
         return ExpertFile(self.folder, self.manifest)
@@ -77,9 +78,11 @@ class ModelStore:
 
 
 def find_stores(models: Path) -> list[ModelStore | MixlocalError]:
-    """Every store under the models folder; a damaged one is returned as its error."""
+    """Every finished store under the models folder; a damaged one is returned as its error."""
     found: list[ModelStore | MixlocalError] = []
     for path in sorted(models.glob("*/*/manifest.json")):
+        if path.parent.name.startswith(".") or path.parent.name.endswith(BUILDING_SUFFIX):
+            continue
         try:
             found.append(ModelStore(path.parent, read_manifest(path.parent)))
         except MixlocalError as error:
@@ -95,6 +98,12 @@ def file_digest(path: Path) -> StoredFile:
             digest.update(chunk)
             nbytes += len(chunk)
     return StoredFile(nbytes, digest.hexdigest())
+
+
+def _tensor(data: torch.Tensor, ref: TensorRef) -> torch.Tensor:
+    """A view of `ref` in the bytes of its file; a copy where its elements do not start on a multiple of their size."""
+    raw = data[ref.offset : ref.offset + ref.nbytes]
+    return (raw.clone() if ref.offset % ref.dtype.itemsize else raw).view(ref.dtype).view(ref.shape)
 
 
 def _check(path: Path, stored: StoredFile) -> None:

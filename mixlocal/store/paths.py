@@ -11,6 +11,7 @@ import platformdirs
 
 from mixlocal.errors import UsageError
 
+BUILDING_SUFFIX = ".building"  # of a folder that is not a model yet
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -43,8 +44,13 @@ def home(override: Path | None = None) -> Home:
     return Home(data=folders.user_data_path, cache=folders.user_cache_path)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name`, from outside, is one component of a path that stays in its folder and prints as it is."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """`name` if it is safe as a folder name."""
-    if not _NAME.fullmatch(name):
+    if not is_plain_name(name):
         raise UsageError(f"{name!r} cannot be the name of a model", "use letters, digits, dot, dash and underscore")
     return name

@@ -39,31 +39,45 @@ class WrittenFile:
 
 
 class ShardWriter:
-    """Writes the tensors of `specs`, in that order; digests are taken as the bytes pass."""
+    """Writes the tensors of `specs`, in that order; digests are taken as the bytes pass. Use as a context manager."""
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._file = BuildFile(path)
         self._file.truncate(0)
         self._specs = iter(specs)
+        self._spec = TensorSpec("", torch.uint8, (0,))
+        self._left = 0  # bytes that `_spec` still lacks
         self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_128()
         self._offset = 0
         self._put(_header(specs))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        spec = next(self._specs)
-        assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape)), (
+        """The next tensor, or its next rows: a large one may come in parts."""
+        if self._left == 0:
+            self._spec = next(self._specs)
+            self._left = self._spec.nbytes
+        spec = self._spec
+        assert (spec.name, spec.dtype, spec.shape[1:]) == (name, tensor.dtype, tuple(tensor.shape[1:])), (
             spec,
             name,
             tensor.dtype,
         )
+        assert tensor.nbytes <= self._left, (spec, tensor.shape)
+        self._left -= tensor.nbytes
         self._put(byte_view(tensor.contiguous().flatten().view(torch.uint8)))
 
     def finish(self) -> WrittenFile:
-        """Sync and close; the digests of the whole file."""
+        """Sync; the digests of the whole file."""
+        assert self._left == 0, f"{self._spec.name} lacks rows"
         assert next(self._specs, None) is None, "tensors are missing"
         self._file.sync()
-        self._file.close()
         return WrittenFile(self._offset, self._sha256.hexdigest(), self._xxh3.hexdigest())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(self._offset, data)
@@ -73,14 +87,14 @@ class ShardWriter:
 
 
 def write_shard(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> WrittenFile:
-    writer = ShardWriter(path, specs)
-    for name, tensor in tensors:
-        writer.write(name, tensor)
-    return writer.finish()
+    with ShardWriter(path, specs) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+        return writer.finish()
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
-    entries = {}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # some versions of transformers fail without it
     for spec, begin in zip(specs, _offsets(specs), strict=True):
         entries[spec.name] = {
             "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, begin + spec.nbytes],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,8 @@ def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """`data` as a JSON object; `where` begins the error message."""
     try:
-        value = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        text = data.decode()  # json would also accept UTF-16 and UTF-32
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except RecursionError as error:
         raise RefusedError(f"{where}: nested too deeply") from error
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of too many digits, our own two
@@ -43,5 +45,5 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {reprlib.repr(twice)} stands twice")
     return result

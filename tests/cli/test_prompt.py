@@ -134,7 +134,7 @@ def test_signals_while_answering(home: Path, number: signal.Signals, code: int) 
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
-    probe = "import sys, mixlocal.cli; sys.argv = ['mixlocal', '--help']\ntry: mixlocal.cli.main()\nfinally: print('torch' in sys.modules)"
+    probe = "import sys, mixlocal.cli\ntry: mixlocal.cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert result.stdout.endswith("False\n")
     assert "prompt" in result.stdout
