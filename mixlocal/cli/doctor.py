@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals
-from mixlocal.cli.render import console, print_json, safe_text
+from mixlocal.cli.render import print_json, print_table, safe_text
 
 
 @click.command()
@@ -29,4 +28,4 @@ def doctor(options: Globals) -> None:
         mark = {"good": "[green]ok[/]", "lack": "[yellow]lack[/]", "bad": "[red]bad[/]"}[finding.verdict]
         cost = f"\n{finding.cost}" if finding.cost else ""
         table.add_row(mark, finding.what, safe_text(finding.found) + cost)
-    console(options, sys.stdout).print(table)
+    print_table(options, table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals
-from mixlocal.cli.render import console, count, print_json, safe_text, say, show_progress, size, warn
+from mixlocal.cli.render import count, print_json, print_table, safe_text, say, show_progress, size, warn
 from mixlocal.errors import MixlocalError, UsageError
 
 if TYPE_CHECKING:
@@ -133,15 +133,14 @@ def _print_models(options: Globals, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         stored = size(row["bytes"]) if row["installed"] else "-"
         table.add_row(*(safe_text(cell) for cell in (row["model"], row["variant"], stored, row["source"])))
-    console(options, sys.stdout).print(table)
+    print_table(options, table)
 
 
 def _print_description(options: Globals, description: Description, layout: bool) -> None:
     from rich.table import Table
 
-    out = console(options, sys.stdout)
     for line in description.head:
-        out.print(safe_text(line), markup=False, soft_wrap=True)
+        print(safe_text(line))
     if description.parts:
         table = Table(box=None, pad_edge=False)
         for heading in ("PART", "PARAMETERS", "PER TOKEN"):
@@ -149,7 +148,7 @@ def _print_description(options: Globals, description: Description, layout: bool)
         for part in description.parts:
             table.add_row(part.name, count(part.total), count(part.active))
         table.add_row("all", count(description.total), count(description.active))
-        out.print()
-        out.print(table)
+        print()
+        print_table(options, table)
     for line in ("", *description.explanation, *(description.layout if layout else ())):
-        out.print(safe_text(line), markup=False, soft_wrap=True)
+        print(safe_text(line))

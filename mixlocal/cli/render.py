@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from mixlocal.app.progress import Progress
     from mixlocal.cli.options import Globals
 
 Result = TypeVar("Result")
 PLAIN_PROGRESS_SECONDS = 10.0
+UNWRAPPED_WIDTH = 1000
 _KEPT = {"\n", "\t", "\u200d"}  # the joiner holds emoji together
 _STAGES = {"download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying"}
 
@@ -42,6 +44,16 @@ def console(options: Globals, stream: TextIO) -> Console:
     return Console(
         file=stream, force_terminal=forced, no_color=True if options.color == "never" else None, highlight=False
     )
+
+
+def print_table(options: Globals, table: Table) -> None:
+    """A table on stdout; off a terminal no line is wrapped, and nowhere do spaces end a line."""
+    out = console(options, sys.stdout)
+    if not sys.stdout.isatty():
+        out.width = UNWRAPPED_WIDTH
+    with out.capture() as capture:
+        out.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def say(options: Globals, text: str) -> None:

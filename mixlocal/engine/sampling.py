@@ -23,7 +23,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repeat_penalty: float = 1.0
-    max_tokens: int = 1024
+    max_tokens: int = 512
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
@@ -62,9 +62,7 @@ class Sampler:
         """Next token from float32 logits [V] after the ids in `history`. `CorruptError` for NaN or no finite logit."""
         peak = logits.max().item()
         if not math.isfinite(peak):
-            raise CorruptError(
-                f"the model computed {peak} after {len(history)} tokens", "check it: mixlocal verify"
-            )
+            raise CorruptError(f"the model computed {peak} after {len(history)} tokens", "check it: mixlocal verify")
         logprobs = torch.log_softmax(logits, dim=-1)
         penalised = penalise(logits, history, self.params.repeat_penalty)
         token = int(penalised.argmax()) if self.params.temperature == 0 else self._draw(penalised)

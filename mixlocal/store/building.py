@@ -1,7 +1,7 @@
 """A store under construction: what is committed survives any kind of death, and the rest is done again.
 
-The journal has one JSON line for the job, one for the trunk, one per record. A line counts when it is whole and the
-bytes it speaks of still have its checksum, so neither a torn write nor a lost page can put a wrong record into a store.
+The journal has one line for the job, one for the trunk, one per record: a checksum and JSON. A line counts when it has
+its checksum and the bytes it speaks of have theirs, so no torn write or lost page can put a wrong record into a store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+import xxhash
 
 from mixlocal.quant.format import ExpertLayout
 from mixlocal.quant.packing import byte_view
@@ -25,7 +26,7 @@ from mixlocal.store.durable import (
     write_file,
 )
 from mixlocal.store.expert_file import EXPERTS_FILE, record_digest
-from mixlocal.store.manifest import Manifest, Record, StoredFile, write_manifest
+from mixlocal.store.manifest import UNDECODABLE, Manifest, Record, StoredFile, write_manifest
 from mixlocal.store.model_store import TRUNK_FILE, file_digest
 from mixlocal.store.paths import BUILDING_SUFFIX
 
@@ -134,7 +135,7 @@ class Building:
         remove_file(self._journal_path)
 
     def _commit(self, entry: Entry) -> None:
-        self._journal.append(msgspec.json.encode(entry) + b"\n")
+        self._journal.append(_line(entry))
 
     def _read_journal(self) -> list[Entry]:
         if not self._journal_path.is_file() or not (self.folder / EXPERTS_FILE).is_file():
@@ -152,7 +153,7 @@ class Building:
             elif isinstance(entry, RecordEntry) and self._record_is_whole(entry):
                 self.records[entry.index] = entry.record
                 kept.append(entry)
-        lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in kept)
+        lines = b"".join(map(_line, kept))
         if lines != self._journal.read_all():
             self._journal.truncate(0)
             self._journal.write(0, lines)
@@ -183,9 +184,17 @@ def sweep(final: Path) -> None:
 
 
 def _entries(data: bytes) -> Iterator[Entry]:
-    """Whole lines that parse; the first other one ends the journal."""
-    for line in data.split(b"\n")[:-1]:
+    """The lines that are right; the first other one ends the journal."""
+    for line in data.splitlines(keepends=True):
         try:
-            yield msgspec.json.decode(line, type=Entry)
-        except msgspec.DecodeError:
+            entry: Entry = msgspec.json.decode(line.partition(b" ")[2], type=Entry)
+        except UNDECODABLE:
             return
+        if line != _line(entry):
+            return
+        yield entry
+
+
+def _line(entry: Entry) -> bytes:
+    body = msgspec.json.encode(entry)
+    return xxhash.xxh3_64_hexdigest(body).encode() + b" " + body + b"\n"

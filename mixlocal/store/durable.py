@@ -142,6 +142,8 @@ class BuildFile:
         with named_errors(self.path):
             while view:
                 written = _call("write", len(view), lambda n: os.pwrite(self._descriptor, view[:n], offset))  # noqa: B023
+                if not written:
+                    raise OSError(errno.EIO, "nothing was written")
                 view, offset = view[written:], offset + written
 
     def append(self, data: Buffer) -> None:

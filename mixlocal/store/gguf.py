@@ -101,26 +101,11 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises `NotFoundError`, `RefusedError` for another version, `CorruptError` naming the field that makes no sense.
     """
-    if not path.is_file():
-        raise NotFoundError(f"{path} is not there", "fetch it again")
-    with named_errors(path), path.open("rb") as file:
-        reader = GgufReader(file, path)
-        if reader.take(4) != b"GGUF":
-            raise corrupt(path, "this is not a GGUF file")
-        if (version := reader.number("I")) not in (2, 3):
-            raise RefusedError(f"{path}: GGUF version {version} is not supported", OTHER_FILE)
-        n_tensors, n_fields = reader.count(), reader.count()
-        fields = dict(reader.field() for _ in range(n_fields))
-        table = dict(reader.tensor() for _ in range(n_tensors))
-        alignment = fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise corrupt(path, f"general.alignment is {alignment!r}")
-        start = -(-file.tell() // alignment) * alignment
-    tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
-    for name, tensor in tensors.items():
-        if tensor.offset + tensor.nbytes > path.stat().st_size:
-            raise corrupt(path, f"the file ends inside {name}")
-    return GgufFile(path, fields, tensors)
+    with named_errors(path):
+        if not path.is_file():
+            raise NotFoundError(f"{path} is not there", "fetch it again")
+        with path.open("rb") as file:
+            return GgufReader(file, path).head()
 
 
 class GgufReader:
@@ -128,7 +113,26 @@ class GgufReader:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.where = file, path, "the header"
-        self.left = path.stat().st_size
+        self.left = self.size = path.stat().st_size
+
+    def head(self) -> GgufFile:
+        """All of it. The file must be long enough for the tensors it lists."""
+        if self.take(4) != b"GGUF":
+            raise corrupt(self.path, "this is not a GGUF file")
+        if (version := self.number("I")) not in (2, 3):
+            raise RefusedError(f"{self.path}: GGUF version {version} is not supported", OTHER_FILE)
+        n_tensors, n_fields = self.count(), self.count()
+        fields = dict(self.field() for _ in range(n_fields))
+        table = dict(self.tensor() for _ in range(n_tensors))
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise corrupt(self.path, f"general.alignment is {alignment!r}")
+        start = -(-self.file.tell() // alignment) * alignment
+        tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in table.items()}
+        for name, tensor in tensors.items():
+            if tensor.offset + tensor.nbytes > self.size:
+                raise corrupt(self.path, f"the file ends inside {name}")
+        return GgufFile(self.path, fields, tensors)
 
     def take(self, count: int) -> bytes:
         self.left -= count

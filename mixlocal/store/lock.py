@@ -21,13 +21,13 @@ def locked(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
     make_folder(folder.parent)
     path = folder.with_name(f".{folder.name}.lock")
     lock = filelock.FileLock(path, timeout=wait)
-    try:
-        with named_errors(path):
+    with named_errors(path):
+        try:
             lock.acquire()
-    except filelock.Timeout as error:
-        raise LockedError(
-            f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it"
-        ) from error
+        except filelock.Timeout as error:  # an OSError too
+            raise LockedError(
+                f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it"
+            ) from error
     try:
         with BuildFile(path) as file:
             file.truncate(0)

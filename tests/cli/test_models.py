@@ -44,6 +44,17 @@ def test_the_catalogue_agrees_with_the_arithmetic(run, tmp_path: Path) -> None:
     assert (ours["total"], ours["active"]) == (listed["total"], listed["active"])
 
 
+def test_smolmix_is_as_large_as_the_catalogue_says(run, tmp_path: Path) -> None:
+    dims = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B | dims))
+    ours = json.loads(run("show", "--json", str(tmp_path)).out)
+    listed = json.loads(run("show", "--json", "smolmix").out)
+    assert (ours["total"], ours["active"]) == (listed["total"], listed["active"])
+
+
 def test_show_an_installed_model(run) -> None:
     text = run("show", "tiny", "--layout").out
     for words in ("tiny:q4", "experts nf4", "w1.codes", "w2.scales", "router"):

@@ -55,7 +55,8 @@ def fault(kind: str, at: int) -> Callable[[str, int], int]:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "SHORT" and calls == at:
             return nbytes // 2
-        raise OSError(errno.EIO if kind == "EIO" else errno.ENOSPC, os.strerror(errno.EIO if kind == "EIO" else errno.ENOSPC))
+        number = errno.EIO if kind == "EIO" else errno.ENOSPC
+        raise OSError(number, os.strerror(number))
 
     return on_call
 

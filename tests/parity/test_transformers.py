@@ -31,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "theta 1e6, eps 1e-6": {"rope_theta": 1e6, "rms_norm_eps": 1e-6},
     "wide": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 160},
     "deep": {"num_hidden_layers": 6, "num_local_experts": 6},
-    "transformers 5 config": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "dtype": "bfloat16"},
+    "transformers 5 config": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
 }
 
 
@@ -92,7 +92,7 @@ def test_checkpoint_saved_by_transformers(tmp_path: Path) -> None:
 
 
 def reference_model(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval().requires_grad_(False)

@@ -20,7 +20,7 @@ def random_weight(rows: int = 24, columns: int = 192, seed: int = 0) -> torch.Te
 @pytest.mark.parametrize("kind", FOUR_BIT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_four_bits_are_bitsandbytes_own(kind: str, dtype: torch.dtype) -> None:
-    from bitsandbytes import functional  # noqa: PLC0415
+    from bitsandbytes import functional
 
     weight = random_weight().to(dtype)
     packed, state = functional.quantize_4bit(weight.float(), quant_type=kind, blocksize=64)
