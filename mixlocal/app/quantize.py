@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import msgspec
@@ -24,20 +25,15 @@ from mixlocal.model.arch import Architecture, find_architecture
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.load import SCALES_SUFFIX
 from mixlocal.model.tensors import EXPERT_PARTS, TrunkTensor, expert_shape, trunk_tensors
-from mixlocal.quant.format import ExpertLayout, ExpertWeights, QuantTensor
-from mixlocal.quant.packing import write_record
+from mixlocal.quant.format import ExpertLayout, QuantTensor
+from mixlocal.quant.packing import read_record
 from mixlocal.quant.quantize import check_finite
 from mixlocal.store.building import Building, TrunkEntry
 from mixlocal.store.checkpoint import Checkpoint, TensorRef
-from mixlocal.store.expert_file import record_digest
-from mixlocal.store.manifest import FORMAT_VERSION, Manifest, Recipe, Record, Source, SourceFile
-from mixlocal.store.model_store import TRUNK_FILE
+from mixlocal.store.manifest import FORMAT_VERSION, Manifest, Recipe, Source, SourceFile
+from mixlocal.store.model_store import SMALL_FILES, TRUNK_FILE
 from mixlocal.store.shard_writer import TensorSpec, write_shard
 
-KEPT_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", "LICENSE",
-)  # fmt: skip
 READABLE = (torch.bfloat16, torch.float16, torch.float32)
 DISK_MARGIN = 64 << 20
 
@@ -153,10 +149,20 @@ class _Quantization:
         per_expert = sum(self._ref(*records[0], part).nbytes for part in EXPERT_PARTS)
         self.done += per_expert * (len(records) - len(todo))
         quantized: set[str] = set()
-        for (layer, expert), matrices in zip(todo, self._matrices(todo), strict=True):
-            self._write_expert(layer, expert, matrices, quantized)
-            self.done += per_expert
-            yield Progress("quantize", self.done, self.total, f"layer {layer} expert {expert}")
+        slots = cycle(torch.zeros(self.building.layout.stride, dtype=torch.uint8) for _ in range(2))
+        with ThreadPoolExecutor(1) as writer:
+            written: Future[None] | None = None
+            for (layer, expert), matrices in zip(todo, self._matrices(todo), strict=True):
+                slot = next(slots)
+                errors = self._quantize_expert(layer, expert, matrices, slot, quantized)
+                if written is not None:
+                    written.result()
+                index = layer * self.config.router.n_experts + expert
+                written = writer.submit(self.building.commit_record, index, slot, errors)
+                self.done += per_expert
+                yield Progress("quantize", self.done, self.total, f"layer {layer} expert {expert}")
+            if written is not None:
+                written.result()
         assert len(quantized) == 3 * len(todo), "an expert tensor was quantized twice or not at all"
         assert all(record is not None for record in self.building.records)
 
@@ -170,22 +176,22 @@ class _Quantization:
             format_version=FORMAT_VERSION, name=job.name, variant=job.variant, architecture=architecture,
             source=Source(job.source_name, job.revision, tuple(files)), recipe=job.recipe,
             dim=config.dim, hidden=config.expert_hidden, n_layers=config.n_layers, n_experts=config.router.n_experts,
-            stride=layout.stride, files=self.building.copy_files(job.checkpoint, KEPT_FILES),
+            stride=layout.stride, files=self.building.copy_files(job.checkpoint, SMALL_FILES),
             attention_errors=trunk.errors, records=tuple(r for r in self.building.records if r is not None),
             licence=job.licence, template=job.template,
         )  # fmt: skip
 
-    def _write_expert(self, layer: int, expert: int, matrices: Iterator[torch.Tensor], quantized: set[str]) -> None:
-        weights, errors = {}, []
+    def _quantize_expert(
+        self, layer: int, expert: int, matrices: Iterator[torch.Tensor], slot: torch.Tensor, quantized: set[str]
+    ) -> tuple[float, float, float]:
+        """Fill `slot` with an expert's record; the relative errors of w1, w3, w2."""
+        expert_views, errors = read_record(self.building.layout, slot), []
         for part, matrix in zip(EXPERT_PARTS, matrices, strict=True):
             name = self.architecture.expert_source(layer, expert, part)
-            weights[part], error = quantize_rows(name, matrix, self.building.layout.spec)
+            _, error = quantize_rows(name, matrix, self.building.layout.spec, out=getattr(expert_views, part))
             errors.append(error)
             quantized.add(name)
-        write_record(ExpertWeights(**weights), self.building.layout, self.building.slot)
-        digest = record_digest(self.job.name, layer, expert, self.building.slot)
-        index = layer * self.config.router.n_experts + expert
-        self.building.commit_record(index, Record(digest, (errors[0], errors[1], errors[2])))
+        return errors[0], errors[1], errors[2]
 
     def _matrices(self, keys: list[tuple[int, int]]) -> Iterator[Iterator[torch.Tensor]]:
         """For each expert its w1, w3, w2; one matrix is read ahead while another is quantized."""
@@ -223,13 +229,16 @@ class _Quantization:
 
 
 def _read_ahead(checkpoint: Checkpoint, refs: list[TensorRef]) -> Iterator[torch.Tensor]:
+    """The tensors of `refs`; each may be used until the next is asked for. Two buffers serve for all."""
     if not refs:
         return
+    size = max(ref.nbytes for ref in refs)
+    buffers = cycle([torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)])
     with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(checkpoint.read, refs[0])
+        pending = reader.submit(checkpoint.read, refs[0], next(buffers))
         for ref in refs[1:]:
             tensor = pending.result()
-            pending = reader.submit(checkpoint.read, ref)
+            pending = reader.submit(checkpoint.read, ref, next(buffers))
             yield tensor
         yield pending.result()
 

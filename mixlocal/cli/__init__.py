@@ -88,8 +88,8 @@ def _run(arguments: list[str]) -> int:
     except MixlocalError as error:
         return _fail(error, debug, as_json)
     except MemoryError:
-        error = MemoryBudgetError("memory ran out", "close other programs, or use a smaller model")
-        return _fail(error, debug, as_json)
+        shortage = MemoryBudgetError("memory ran out", "close other programs, or use a smaller model")
+        return _fail(shortage, debug, as_json)
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted", "", as_json=False)
         return 130

@@ -12,7 +12,7 @@ from torch.nn.functional import linear as plain_linear
 from mixlocal.errors import RefusedError, UsageError
 from mixlocal.kernels.reference import check_linear, grouped_moe_ffn
 from mixlocal.quant.format import CODEBOOKS, ExpertWeights, QuantSpec, QuantTensor, Weight
-from mixlocal.quant.quantize import check_finite, quantize, relative_error, row_chunks
+from mixlocal.quant.quantize import check_finite, empty, quantize, relative_error, row_chunks
 
 try:
     from mixlocal.kernels.native import _native
@@ -73,19 +73,23 @@ class CpuKernels:
             _native.linear_int8(self._isa, x, weight.codes, weight.scales, out)
 
 
-def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Weight, float]:
+def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec, out: Weight | None = None) -> tuple[Weight, float]:
     """`quantize` and `relative_error` in one pass over a [R, C] weight, compiled where possible; the same bits.
 
-    The error agrees with `relative_error` to about six digits. Raises `RefusedError` as `quantize` does.
+    `out`: where to put the result, such as views into a record. The error agrees with `relative_error` to four digits.
+    Raises `RefusedError` as `quantize` does.
     """
+    if spec.kind == "bf16" and weight.dtype == torch.bfloat16:
+        check_finite(name, weight)
+        return _placed(weight, out), 0.0
     isa = chosen_isa()
     if isa is None or spec.kind == "bf16" or weight.device.type != "cpu":
-        return _quantize_by_specification(name, weight, spec)
+        quantized, relative = _quantize_by_specification(name, weight, spec)
+        return _placed(quantized, out), relative
     rows, columns = weight.shape
     spec.check_shape(name, (rows, columns))
-    code_dtype = torch.uint8 if spec.four_bit else torch.int8
-    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
-    scales = torch.empty(spec.scales_shape((rows, columns)), dtype=spec.scale_dtype)
+    target = out if isinstance(out, QuantTensor) else empty(spec, (rows, columns))
+    codes, scales = target.codes, target.scales
     error = power = 0.0
     for part, source in _sources(weight):
         part_error, part_power, bad = _quantize_part(isa, spec, source, codes[part], scales[part])
@@ -95,7 +99,7 @@ def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Wei
         error, power = error + part_error, power + part_power
     if not bool(scales.isfinite().all()):
         return _quantize_by_specification(name, weight, spec)  # which says what is wrong
-    return QuantTensor(spec, (rows, columns), codes, scales), (error / power) ** 0.5 if power else 0.0
+    return target, (error / power) ** 0.5 if power else 0.0
 
 
 def native_isas() -> tuple[str, ...]:
@@ -141,6 +145,18 @@ def set_threads(count: int) -> None:
 def _no_such_isa(isa: str) -> UsageError:
     names = ", ".join((*native_isas(), REFERENCE))
     return UsageError(f"this machine has no {isa!r} kernels", f"set {ISA_VARIABLE} to one of: {names}")
+
+
+def _placed(weight: Weight, out: Weight | None) -> Weight:
+    """`weight` itself, or its copy in `out`."""
+    if out is None:
+        return weight
+    if isinstance(weight, QuantTensor) and isinstance(out, QuantTensor):
+        out.codes.copy_(weight.codes)
+        out.scales.copy_(weight.scales)
+    elif isinstance(weight, torch.Tensor) and isinstance(out, torch.Tensor):
+        out.copy_(weight)
+    return out
 
 
 def _quantize_by_specification(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Weight, float]:

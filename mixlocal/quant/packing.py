@@ -22,20 +22,8 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
 
 
-def write_record(expert: ExpertWeights, layout: ExpertLayout, record: torch.Tensor) -> None:
-    """Copy an expert into `record`, uint8 [layout.stride]; padding becomes zero."""
-    record.zero_()
-    arrays = _record_arrays(layout, record)
-    for name in layout.shapes:
-        weight: Weight = getattr(expert, name)
-        codes, scales = (weight.codes, weight.scales) if isinstance(weight, QuantTensor) else (weight, None)
-        arrays[f"{name}.codes"].copy_(codes)
-        if scales is not None:
-            arrays[f"{name}.scales"].copy_(scales)
-
-
 def read_record(layout: ExpertLayout, record: torch.Tensor) -> ExpertWeights:
-    """The expert inside `record`, uint8 [layout.stride], as views: nothing is copied."""
+    """The expert inside `record`, uint8 [layout.stride], as views, through which it is also written."""
     arrays = _record_arrays(layout, record)
 
     def weight(name: str) -> Weight:

@@ -25,9 +25,8 @@ def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
     if spec.kind == "bf16":
         check_finite(name, weight)
         return weight.to(torch.bfloat16)
-    code_dtype = torch.uint8 if spec.four_bit else torch.int8
-    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
-    scales = torch.empty(spec.scales_shape((rows, columns)), dtype=spec.scale_dtype)
+    result = empty(spec, (rows, columns))
+    codes, scales = result.codes, result.scales
     quantize_rows = _four_bit_rows if spec.four_bit else _int8_rows
     for part in row_chunks(rows, columns):
         exact = weight[part].float()
@@ -36,7 +35,15 @@ def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
         scales[part] = absmax
     if not bool(scales.isfinite().all()):
         raise RefusedError(f"{name}: its largest weight does not fit a 16-bit scale", "quantize with --scales 32")
-    return QuantTensor(spec, (rows, columns), codes, scales)
+    return result
+
+
+def empty(spec: QuantSpec, shape: tuple[int, int]) -> QuantTensor:
+    """Room for a quantized matrix, not yet filled."""
+    rows, columns = shape
+    code_dtype = torch.uint8 if spec.four_bit else torch.int8
+    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
+    return QuantTensor(spec, shape, codes, torch.empty(spec.scales_shape(shape), dtype=spec.scale_dtype))
 
 
 def dequantize(weight: Weight) -> torch.Tensor:
@@ -79,7 +86,8 @@ def relative_error(weight: torch.Tensor, quantized: Weight) -> float:
 
 def check_finite(name: str, weight: torch.Tensor, first_row: int = 0) -> None:
     """Raise `RefusedError` naming the first NaN or infinity of a tensor whose row 0 is `first_row` of the whole."""
-    if bool(weight.isfinite().all()):
+    low, high = weight.aminmax()  # NaN wins in both, and no temporary as large as the tensor is made
+    if bool(low.isfinite() & high.isfinite()):
         return
     index = (~weight.isfinite()).nonzero()[0].tolist()
     value = weight[tuple(index)].item()

@@ -61,7 +61,6 @@ class Building:
         self.layout, self.name, self.n_experts = layout, name, n_experts
         self.trunk: TrunkEntry | None = None
         self.records: list[Record | None] = [None] * (n_layers * n_experts)
-        self.slot = torch.zeros(layout.stride, dtype=torch.uint8)
         self._fingerprint = fingerprint
         self._journal_path = journal_path(final)
         self._unsynced = 0
@@ -102,9 +101,10 @@ class Building:
         self._commit(entry)
         self.trunk = entry
 
-    def commit_record(self, index: int, record: Record) -> None:
-        """Write `slot` as record `index` and remember it."""
-        self._experts.write(index * self.layout.stride, byte_view(self.slot))
+    def commit_record(self, index: int, data: torch.Tensor, errors: tuple[float, float, float]) -> None:
+        """Write `data`, uint8 [stride], as record `index` and remember it."""
+        record = Record(self._digest(index, data), errors)
+        self._experts.write(index * self.layout.stride, byte_view(data))
         self._unsynced += self.layout.stride
         if self._unsynced >= SYNC_BYTES:
             self._experts.sync()
@@ -165,9 +165,13 @@ class Building:
     def _record_is_whole(self, entry: RecordEntry) -> bool:
         if not 0 <= entry.index < len(self.records):
             return False
-        read_into(self.folder / EXPERTS_FILE, entry.index * self.layout.stride, byte_view(self.slot))
-        layer, expert = divmod(entry.index, self.n_experts)
-        return record_digest(self.name, layer, expert, self.slot) == entry.record.xxh3
+        data = torch.empty(self.layout.stride, dtype=torch.uint8)
+        read_into(self.folder / EXPERTS_FILE, entry.index * self.layout.stride, byte_view(data))
+        return self._digest(entry.index, data) == entry.record.xxh3
+
+    def _digest(self, index: int, data: torch.Tensor) -> str:
+        layer, expert = divmod(index, self.n_experts)
+        return record_digest(self.name, layer, expert, data)
 
 
 def journal_path(final: Path) -> Path:

@@ -64,10 +64,13 @@ class Checkpoint:
         if (folder / INDEX).is_file():
             self._check_index(_weight_map(folder / INDEX))
 
-    def read(self, ref: TensorRef) -> torch.Tensor:
-        """One tensor, read with `pread`. Raises `CorruptError` if the file has become shorter."""
-        data = torch.empty(ref.nbytes, dtype=torch.uint8)
-        read_into(ref.path, ref.offset, byte_view(data))
+    def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, read with `pread`, at the start of `buffer` (uint8, large enough) if one is given.
+
+        Raises `CorruptError` if the file has become shorter.
+        """
+        data = torch.empty(ref.nbytes, dtype=torch.uint8) if buffer is None else buffer[: ref.nbytes]
+        read_into(ref.path, ref.offset, byte_view(data), once=True)
         return data.view(ref.dtype).view(ref.shape)
 
     def _add(self, refs: Iterable[TensorRef]) -> None:
@@ -123,12 +126,17 @@ def tensor_refs(path: Path, header: bytes, size: int) -> list[TensorRef]:
     return refs
 
 
-def read_into(path: Path, offset: int, view: memoryview) -> None:
-    """Fill `view` from `offset` of a file. Raises `CorruptError` on a short read."""
+def read_into(path: Path, offset: int, view: memoryview, *, once: bool = False) -> None:
+    """Fill `view` from `offset` of a file. Raises `CorruptError` on a short read.
+
+    `once`: nobody will read these bytes again soon, so they need not push other files out of the page cache.
+    """
     with named_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             read_exactly(descriptor, path, offset, view)
+            if once and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 

@@ -19,6 +19,11 @@ from mixlocal.store.manifest import Manifest, StoredFile, read_manifest
 from mixlocal.store.paths import BUILDING_SUFFIX
 
 TRUNK_FILE = "trunk.safetensors"
+# What is taken over from a checkpoint as it came, where it is there.
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "LICENSE",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,9 @@ class ModelStore:
         for name, stored in store.manifest.files.items():
             if name != TRUNK_FILE:
                 _check(folder / name, stored)
+        stray = next((n for n in SMALL_FILES if n not in store.manifest.files and (folder / n).exists()), None)
+        if stray is not None:
+            raise CorruptError(f"{folder / stray}: not part of this model", "remove that file")
         return store
 
     def read_trunk(self) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ def find_architecture(raw: dict[str, Any], where: str) -> tuple[str, Architectur
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        raise RefusedError(f"{where}: model_type = {str(name)[:60]} is not supported", f"mixlocal runs: {supported}")
+        raise RefusedError(f"{where}: model_type = {repr(name)[:60]} is not supported", f"mixlocal runs: {supported}")
     return name, ARCHITECTURES[name]
 
 

@@ -19,6 +19,7 @@ HARMLESS = frozenset({
 _LAYER_NAMES = dict(zip(ATTENTION, (f"self_attn.{x}_proj" for x in "qkvo"), strict=True)) | {
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "router": "block_sparse_moe.gate",
 }  # fmt: skip
+MAX_EXPERTS = 1 << 16  # of all layers; a config that claims more is not worth the memory to list them
 _NAMES = {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"}
 
 
@@ -27,11 +28,12 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
     dim = fields.integer("hidden_size", 1, 1 << 17)
     n_heads = fields.integer("num_attention_heads", 1, 1 << 12)
     n_kv_heads = fields.integer("num_key_value_heads", 1, n_heads, default=n_heads)
-    n_experts = fields.integer("num_local_experts", 1, 1 << 10)
+    n_layers = fields.integer("num_hidden_layers", 1, 1 << 10)
+    n_experts = fields.integer("num_local_experts", 1, MAX_EXPERTS // n_layers)
     config = ModelConfig(
         architecture="mixtral",
         dim=dim,
-        n_layers=fields.integer("num_hidden_layers", 1, 1 << 10),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=_head_dim(fields, dim, n_heads),
