@@ -11,7 +11,7 @@ MARK='# mixlocal: written by install.sh, removed by install.sh --uninstall'
 QUESTION='Why is the sky blue?'
 SEED=1
 
-# CLI.md's exit codes, as far as an installer meets them.
+# The exit codes of mixlocal/errors.py, as far as an installer meets them.
 UNEXPECTED=1 USAGE=2 NOT_FOUND=3 REFUSED=4 NETWORK=5 DISK=6 LOCKED=13 NO_PERMISSION=14
 
 usage() {

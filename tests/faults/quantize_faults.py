@@ -53,7 +53,7 @@ def fault(kind: str, at: int) -> Callable[[str, int], int]:
             return nbytes
         if kind == "KILL":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "SHORT" and calls == at:
+        if kind == "SHORT" and calls == at and nbytes:
             return nbytes // 2
         number = errno.EIO if kind == "EIO" else errno.ENOSPC
         raise OSError(number, os.strerror(number))

