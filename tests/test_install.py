@@ -419,7 +419,7 @@ def test_interrupted(machine: Machine) -> None:
 def test_demo_pulls_and_asks(machine: Machine) -> None:
     done = machine.install("--demo")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "mixlocal pull smolmix\nmixlocal prompt --seed 1 Why is the sky blue?\n"
+    assert done.stdout == "mixlocal pull smolmix\nmixlocal prompt --seed 3 Why is the sky blue?\n"
 
 
 def test_demo_ends_as_mixlocal_does(machine: Machine) -> None:

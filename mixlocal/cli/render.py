@@ -7,11 +7,13 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
     from rich.table import Table
 
     from mixlocal.app.progress import Progress
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 PLAIN_PROGRESS_SECONDS = 10.0
 UNWRAPPED_WIDTH = 1000
+WHAT_WIDTH = 20
 _KEPT = {"\n", "\t", "\u200d"}  # the joiner holds emoji together
 _STAGES = {"download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying"}
 
@@ -98,64 +101,53 @@ def count(number: float) -> str:
 def show_progress(options: Globals, work: Generator[Progress, None, Result]) -> Result:
     """Run long work to its end and return its result; a bar on a terminal, a line every 10 s elsewhere."""
     if options.quiet:
-        return _drain(work)
-    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        return _bars(options, work)
-    return _lines(work)
+        return _consume(work, lambda _: None)
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return _consume(work, _PlainLines().show)
+    with _bars(options) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: Progress) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(_STAGES[step.stage], total=step.total, what="")
+            bars.update(tasks[step.stage], completed=step.done, total=step.total, what=safe_text(step.what))
+
+        return _consume(work, show)
 
 
-def _drain(work: Generator[Progress, None, Result]) -> Result:
+def _consume(work: Generator[Progress, None, Result], show: Callable[[Progress], None]) -> Result:
     while True:
         try:
-            next(work)
+            step = next(work)
         except StopIteration as end:
             result: Result = end.value
             return result
+        show(step)
 
 
-def _lines(work: Generator[Progress, None, Result]) -> Result:
-    stage, said = "", 0.0
+class _PlainLines:
+    """One line when a stage begins and every 10 s of it."""
 
-    def watch() -> Generator[Progress, None, Result]:
-        nonlocal stage, said
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
-            now = time.monotonic()
-            if step.stage != stage or now - said >= PLAIN_PROGRESS_SECONDS:
-                share = 100 * step.done // max(step.total, 1)
-                print(f"{_STAGES[step.stage]} {share}% of {size(step.total)}", file=sys.stderr, flush=True)
-                stage, said = step.stage, now
-            yield step
+    def __init__(self) -> None:
+        self._stage, self._said = "", 0.0
 
-    return _drain(watch())
+    def show(self, step: Progress) -> None:
+        now = time.monotonic()
+        if step.stage == self._stage and now - self._said < PLAIN_PROGRESS_SECONDS:
+            return
+        share = 100 * step.done // max(step.total, 1)
+        print(f"{_STAGES[step.stage]} {share}% of {size(step.total)}", file=sys.stderr, flush=True)
+        self._stage, self._said = step.stage, now
 
 
-def _bars(options: Globals, work: Generator[Progress, None, Result]) -> Result:
+def _bars(options: Globals) -> Bars:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
+    what = Column(no_wrap=True, max_width=WHAT_WIDTH, overflow="ellipsis")
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", table_column=what),
     )  # fmt: skip
-    tasks: dict[str, object] = {}
-    with Bars(*columns, console=console(options, sys.stderr)) as bars:
-
-        def watch() -> Generator[Progress, None, Result]:
-            while True:
-                try:
-                    step = next(work)
-                except StopIteration as end:
-                    result: Result = end.value
-                    return result
-                if step.stage not in tasks:
-                    tasks[step.stage] = bars.add_task(_STAGES[step.stage], total=step.total, what="")
-                task = tasks[step.stage]
-                bars.update(task, completed=step.done, total=step.total, what=safe_text(step.what))  # type: ignore[arg-type]
-                yield step
-
-        return _drain(watch())
+    return Bars(*columns, console=console(options, sys.stderr))

@@ -21,10 +21,11 @@ from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
 
 TEXT = (
-    "The harbour was quiet before dawn. A woman in a grey coat walked along the wall and counted the boats, as she had "
-    "done every morning for eleven years; one was missing. She asked the watchman, who had slept, and the baker, who had "
-    'not. "It left at three," he said, "without lights." Bread rises because yeast turns sugar into carbon dioxide, '
-    "and the dough is elastic enough to hold the gas. To find a square root by hand, guess, divide, and take the mean."
+    "The harbour was quiet before dawn. A woman in a grey coat walked along the wall and counted the boats, as she "
+    "had done every morning for eleven years; one was missing. She asked the watchman, who had slept, and the baker, "
+    'who had not. "It left at three," he said, "without lights." Bread rises because yeast turns sugar into carbon '
+    "dioxide, and the dough is elastic enough to hold the gas. To find a square root by hand, guess, divide, and take "
+    "the mean."
 )
 
 
@@ -74,11 +75,11 @@ def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> No
     expected = theirs(ids[None]).logits[0].detach()
     model, config = open_model(reference)
     ours = model.forward(ids, KVCache(config, 64), all_logits=True)
-    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=3e-4, rtol=0)
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
     cache = KVCache(config, 64)
     stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
-    torch.testing.assert_close(stepwise, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(stepwise, expected, atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("variant", "divergence", "loss"), [("q8", 0.005, 0.01), ("q4", 0.2, 0.2)])
