@@ -31,12 +31,13 @@ class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hu
 
 
 class SmolmixSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="smolmix", tag_field="kind"):
-    """A Python package that carries a dense GGUF model, to be upcycled here."""
+    """A Python package that carries a dense GGUF model, to be upcycled here; build_nbytes: of disk meanwhile."""
 
     package: str
     file: str
     nbytes: int
     sha256: str
+    build_nbytes: int
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +90,11 @@ def read_catalog(path: Path | None = None) -> dict[str, CatalogEntry]:
 
 def find_entry(name: str) -> CatalogEntry | None:
     return read_catalog().get(name)
+
+
+def is_folder(reference: str) -> bool:
+    """Whether a folder is meant and not a name; a catalogue name wins over a folder that happens to be called so."""
+    return "/" in reference or (find_entry(reference) is None and Path(reference).is_dir())
 
 
 def split_variant(reference: str) -> tuple[str, Variant | None]:

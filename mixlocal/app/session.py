@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from mixlocal.app.catalog import DEFAULT_MODEL, VARIANTS, find_entry, sampling_defaults, split_variant
+from mixlocal.app.catalog import DEFAULT_MODEL, VARIANTS, find_entry, is_folder, sampling_defaults, split_variant
 from mixlocal.app.hardware import probe
 from mixlocal.app.template import ChatTemplate, Message, load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
@@ -224,10 +224,10 @@ def _rest(text: TextStream, scanner: StopScanner) -> str:
 def find_store(model: str, folders: Home) -> Path:
     """The store folder for a name, name:variant or folder. Raises `NotFoundError` saying what to do."""
     name, variant = split_variant(model)
-    path = Path(name).expanduser()
-    if "/" in name or path.is_dir():
-        return _store_in(path, variant)
     entry = find_entry(name)
+    installed = not is_folder(name) or ("/" not in name and (folders.models / name).is_dir())
+    if not installed:
+        return _store_in(Path(name).expanduser(), variant)
     wanted = [variant] if variant else [entry.variant] if entry else list(VARIANTS)
     for candidate in wanted:
         if (folders.store(name, candidate) / MANIFEST).is_file():

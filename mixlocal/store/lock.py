@@ -9,7 +9,7 @@ from pathlib import Path
 
 import filelock
 
-from mixlocal.errors import LockedError
+from mixlocal.errors import DiskFullError, LockedError
 from mixlocal.store.durable import BuildFile, make_folder, named_errors
 
 WAIT_SECONDS = 10.0
@@ -29,7 +29,7 @@ def locked(folder: Path, wait: float = WAIT_SECONDS) -> Iterator[None]:
                 f"{folder.name}: in use by process {_holder(path)}", "wait for it to finish, or stop it"
             ) from error
     try:
-        with BuildFile(path) as file:
+        with contextlib.suppress(DiskFullError), BuildFile(path) as file:  # the number only helps others to find us
             file.truncate(0)
             file.write(0, f"{os.getpid()}\n".encode())
         yield

@@ -35,6 +35,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose model has no end-of-sequence token: it talks until it is stopped."""
+    root = tmp_path_factory.mktemp("endless")
+    checkpoint = tiny.write_checkpoint(root / "checkpoint", max_position_embeddings=16384, eos_token_id=None)
+    (checkpoint / "tokenizer_config.json").write_text("{}")
+    return quantized(checkpoint, root / "endless").folder
+
+
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.setenv("MIXLOCAL_HOME", str(home))

@@ -103,26 +103,28 @@ def test_more_experts_than_trained_warns(run) -> None:
     assert "warning: 3 experts per token" in result.err
 
 
-def real(home: Path, *arguments: str, **options: object) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"MIXLOCAL_HOME": str(home)}
-    command = [sys.executable, "-m", "mixlocal", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+def talking(store: Path) -> subprocess.Popen[bytes]:
+    """The real program, in the middle of an answer."""
+    command = [sys.executable, "-m", "mixlocal", "prompt", "-m", str(store), "--raw", "-T", "1.5", "-n", "16000", "x"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    return process
 
 
-def test_a_closed_pipe_ends_quietly(home: Path) -> None:
-    arguments = ("prompt", "-m", "tiny", "--raw", "-T", "1.5", "--stop", "never", "-n", "400", "x")
-    with real(home, *arguments, stdin=subprocess.DEVNULL) as process:
-        process.stdout.read(1)
+def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
+    with talking(endless) as process:
         process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
+        errors = process.stderr.read()
     assert process.returncode == 141
+    assert b"Traceback" not in errors
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_while_answering(home: Path, number: signal.Signals, code: int) -> None:
-    arguments = ("prompt", "-m", "tiny", "--raw", "-T", "1.5", "--stop", "never", "-n", "450", "x")
-    with real(home, *arguments, stdin=subprocess.DEVNULL) as process:
-        process.stdout.read(1)
+def test_signals_while_answering(endless: Path, number: signal.Signals, code: int) -> None:
+    with talking(endless) as process:
         start = time.monotonic()
         process.send_signal(number)
         errors = process.stderr.read()
