@@ -9,7 +9,7 @@ from typing import Any
 from mixlocal.app.catalog import CatalogEntry, find_entry, is_folder, split_variant
 from mixlocal.app.parameters import Part, count_parameters, one_expert_model, total_and_active
 from mixlocal.app.session import find_store
-from mixlocal.app.template import describe_template
+from mixlocal.app.templates import describe_template
 from mixlocal.errors import NotFoundError
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig

@@ -18,9 +18,11 @@ from typing import Self
 
 from mixlocal.app.catalog import DEFAULT_MODEL, VARIANTS, find_entry, is_folder, sampling_defaults, split_variant
 from mixlocal.app.hardware import probe
-from mixlocal.app.template import ChatTemplate, Message, load_template
+from mixlocal.app.template import ChatTemplate, Message
+from mixlocal.app.templates import load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
-from mixlocal.app.tokenizer import Tokenizer, load_tokenizer
+from mixlocal.app.tokenizer import Tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
 from mixlocal.errors import NotFoundError, RefusedError, UsageError

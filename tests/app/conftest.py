@@ -12,7 +12,8 @@ import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from vocabularies import V1_MODEL, byte_level_document, mixtral_document
 
-from mixlocal.app.tokenizer import Tokenizer, load_tokenizer
+from mixlocal.app.tokenizer import Tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="session")

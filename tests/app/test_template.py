@@ -19,18 +19,11 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from vocabularies import ANY_TEXT
 
-from mixlocal.app.template import (
-    TEMPLATES,
-    ChatML,
-    ChatTemplate,
-    Message,
-    MistralV1,
-    PlainTemplate,
-    describe_template,
-    load_template,
-)
+from mixlocal.app.template import ChatML, ChatTemplate, Message, MistralV1, PlainTemplate
 from mixlocal.app.template_jinja import JinjaTemplate
-from mixlocal.app.tokenizer import Tokenizer, load_tokenizer
+from mixlocal.app.templates import TEMPLATES, describe_template, load_template
+from mixlocal.app.tokenizer import Tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.errors import CorruptError, RefusedError, UsageError
 
 
@@ -189,7 +182,7 @@ def test_a_folders_template_is_described_by_its_source(tmp_path: Path) -> None:
 def test_only_a_jinja_template_loads_jinja(tmp_path: Path) -> None:
     """jinja2 would slow the start of every prompt."""
     code = (
-        "import sys; from pathlib import Path; from mixlocal.app.template import load_template;"
+        "import sys; from pathlib import Path; from mixlocal.app.templates import load_template;"
         f"load_template(Path({str(tmp_path)!r}), 'chatml'); load_template(Path({str(tmp_path)!r}), None);"
         "sys.exit('jinja2' in sys.modules)"
     )

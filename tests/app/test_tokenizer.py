@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from vocabularies import ANY_TEXT, byte_level_document
 
 from mixlocal.app.text_stream import TextStream
-from mixlocal.app.tokenizer import Tokenizer, load_tokenizer
+from mixlocal.app.tokenizer import Tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.errors import RefusedError, UsageError
 
 ATOMS = [

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from vocabularies import V1_MODEL, byte_level_document
 
-from mixlocal.app.tokenizer import load_tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.errors import CorruptError, MixlocalError, NotFoundError, RefusedError
 
 

@@ -18,7 +18,7 @@ import torch
 
 import mixlocal
 from mixlocal.app.session import find_store, load_model
-from mixlocal.app.tokenizer import load_tokenizer
+from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.model.arch import read_config
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
