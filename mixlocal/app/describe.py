@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mixlocal.app.catalog import CatalogEntry, find_entry, is_folder, split_variant
+from mixlocal.app.installed import find_store
 from mixlocal.app.parameters import Part, count_parameters, one_expert_model, total_and_active
-from mixlocal.app.session import find_store
 from mixlocal.app.templates import describe_template
 from mixlocal.errors import NotFoundError
 from mixlocal.model.arch import read_config

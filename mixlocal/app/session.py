@@ -13,11 +13,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
-from mixlocal.app.catalog import DEFAULT_MODEL, VARIANTS, find_entry, is_folder, sampling_defaults, split_variant
+from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.hardware import probe
+from mixlocal.app.installed import find_store
 from mixlocal.app.template import ChatTemplate, Message
 from mixlocal.app.templates import load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
@@ -25,7 +25,7 @@ from mixlocal.app.tokenizer import Tokenizer
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
-from mixlocal.errors import NotFoundError, RefusedError, UsageError
+from mixlocal.errors import RefusedError, UsageError
 from mixlocal.experts.plan import MemoryPlan, check_memory
 from mixlocal.experts.resident import ResidentExperts
 from mixlocal.kernels import select
@@ -175,7 +175,7 @@ class Session:
 
     def close(self) -> None:
         """Free the weights."""
-        del self._model
+        vars(self).pop("_model", None)
 
     def __enter__(self) -> Self:
         return self
@@ -221,33 +221,6 @@ def _advance(
 def _rest(text: TextStream, scanner: StopScanner) -> str:
     piece, stopped = scanner.push(text.flush())
     return piece if stopped else piece + scanner.flush()
-
-
-def find_store(model: str, folders: Home) -> Path:
-    """The store folder for a name, name:variant or folder. Raises `NotFoundError` saying what to do."""
-    name, variant = split_variant(model)
-    entry = find_entry(name)
-    installed = not is_folder(name) or ("/" not in name and (folders.models / name).is_dir())
-    if not installed:
-        return _store_in(Path(name).expanduser(), variant)
-    wanted = [variant] if variant else [entry.variant] if entry else list(VARIANTS)
-    for candidate in wanted:
-        if (folders.store(name, candidate) / MANIFEST).is_file():
-            return folders.store(name, candidate)
-    if entry is None and not (folders.models / name).is_dir():
-        raise NotFoundError(f"no model is called {name}", "see: mixlocal ls --all")
-    raise NotFoundError(f"{model} is not installed", f"get it with: mixlocal pull {model}")
-
-
-def _store_in(path: Path, variant: str | None) -> Path:
-    for folder in (path, path / (variant or "")):
-        if (folder / MANIFEST).is_file():
-            return folder
-    if (path / "config.json").is_file():
-        raise NotFoundError(f"{path}: a checkpoint, not yet quantized", f"run: mixlocal quantize {path}")
-    if not path.is_dir():
-        raise NotFoundError(f"{path}: no such folder")
-    raise NotFoundError(f"{path}: neither a model store nor a checkpoint (no config.json)")
 
 
 def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:

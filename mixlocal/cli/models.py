@@ -93,7 +93,7 @@ def verify(options: Globals, model: str) -> None:
 def rm(options: Globals, model: str, yes: bool) -> None:
     """Remove MODEL from this machine."""
     from mixlocal.app.install import remove
-    from mixlocal.app.session import find_store
+    from mixlocal.app.installed import find_store
     from mixlocal.store.durable import folder_bytes
 
     folder = find_store(model, options.folders())
@@ -107,7 +107,7 @@ def rm(options: Globals, model: str, yes: bool) -> None:
 
 
 def _find(options: Globals, model: str) -> ModelStore:
-    from mixlocal.app.session import find_store
+    from mixlocal.app.installed import find_store
     from mixlocal.store.manifest import read_manifest
     from mixlocal.store.model_store import ModelStore
 

@@ -168,7 +168,7 @@ class _Answer:
 def _install_default(options: Globals, model: str, folders: Home) -> None:
     """Fetch and build the default model if it is the one asked for and not there; others are pulled on purpose."""
     from mixlocal.app.catalog import DEFAULT_MODEL, split_variant
-    from mixlocal.app.session import find_store
+    from mixlocal.app.installed import find_store
 
     name, variant = split_variant(model)
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 from stores import quantized
 
-from mixlocal.app.session import Chunk, Session, find_store
+from mixlocal.app.installed import find_store
+from mixlocal.app.session import Chunk, Session
 from mixlocal.app.template import Message
 from mixlocal.engine.generate import PREFILL_CHUNK
 from mixlocal.engine.sampling import SamplingParams
@@ -142,3 +144,12 @@ def test_where_models_are_found(store: Path, tmp_path: Path) -> None:
         assert hint in missing.value.hint
     with pytest.raises(UsageError, match="no variant"):
         find_store("tiny:q5", folders)
+
+
+def test_a_bare_name_takes_what_is_installed(store: Path, tmp_path: Path) -> None:
+    """The catalogue's variant where it is there, else another: nothing is fetched that is not needed."""
+    folders = home(tmp_path)
+    shutil.copytree(store, tmp_path / "models" / "smolmix" / "q4")
+    assert find_store("smolmix", folders) == tmp_path / "models" / "smolmix" / "q4"
+    shutil.copytree(store, tmp_path / "models" / "smolmix" / "q8")
+    assert find_store("smolmix", folders) == tmp_path / "models" / "smolmix" / "q8"

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import mixlocal
-from mixlocal.app.session import find_store, load_model
+from mixlocal.app.installed import find_store
+from mixlocal.app.session import load_model
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.model.arch import read_config
 from mixlocal.model.kv_cache import KVCache
