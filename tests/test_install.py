@@ -208,7 +208,7 @@ def test_without_compiled_kernels_it_says_the_cost_and_tries_again_when_that_cha
     done = machine.install(FAKE_MISSING="No module named _native")
     assert done.returncode == 0
     assert "no compiled kernels" in done.stderr
-    assert "several times slower" in done.stderr
+    assert "20 times slower" in done.stderr
     headers = machine.folder / "include"
     headers.mkdir()
     (headers / "Python.h").touch()
@@ -408,7 +408,7 @@ def test_interrupted(machine: Machine) -> None:
     while not machine.calls():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=5)
+    _, stderr = process.communicate(timeout=60)
     refuses(subprocess.CompletedProcess([], process.returncode, "", stderr), 130, "run it again")
     assert machine.install().returncode == 0
 

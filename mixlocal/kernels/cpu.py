@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear as plain_linear
 
 from mixlocal.errors import RefusedError, UsageError
-from mixlocal.kernels.reference import check_linear, grouped_moe_ffn
+from mixlocal.kernels.reference import check_linear, check_quantized, grouped_moe_ffn
 from mixlocal.quant.format import CODEBOOKS, ExpertWeights, QuantSpec, QuantTensor, Weight
 from mixlocal.quant.quantize import check_finite, empty, quantize, relative_error, row_chunks
 
@@ -48,10 +48,7 @@ class CpuKernels:
             return plain_linear(x, weight)
         x = x.detach().contiguous()
         out = torch.empty(len(x), weight.shape[0])
-        try:
-            self._linear(x, weight, out)
-        except ValueError as error:
-            raise RefusedError(f"linear: {error}") from error
+        _native.linear(self._isa, *_operand(weight), x.data_ptr(), len(x), out.data_ptr())
         return out
 
     def moe_ffn(
@@ -63,14 +60,6 @@ class CpuKernels:
     ) -> torch.Tensor:
         """See `Kernels.moe_ffn`."""
         return grouped_moe_ffn(self.linear, x, expert_ids, weights, experts)
-
-    def _linear(self, x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:
-        if isinstance(weight, torch.Tensor):
-            _native.linear_bf16(self._isa, x, weight.detach(), out)
-        elif weight.spec.four_bit:
-            _native.linear_4bit(self._isa, x, _codebook(weight.spec.kind), weight.codes, weight.scales, out)
-        else:
-            _native.linear_int8(self._isa, x, weight.codes, weight.scales, out)
 
 
 def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec, out: Weight | None = None) -> tuple[Weight, float]:
@@ -88,7 +77,10 @@ def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec, out: Weight 
         return _placed(quantized, out), relative
     rows, columns = weight.shape
     spec.check_shape(name, (rows, columns))
-    target = out if isinstance(out, QuantTensor) else empty(spec, (rows, columns))
+    target = empty(spec, (rows, columns)) if out is None else out
+    if not isinstance(target, QuantTensor) or (target.spec, target.shape) != (spec, (rows, columns)):
+        raise RefusedError(f"{name}: there is no room for it where it should go")
+    check_quantized(target)
     codes, scales = target.codes, target.scales
     error = power = 0.0
     for part, source in _sources(weight):
@@ -168,9 +160,30 @@ def _quantize_part(
     isa: str, spec: QuantSpec, source: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 ) -> tuple[float, float, int]:
     """Sums of squares of error and source, and the flat index of the first NaN or infinity or -1."""
-    if spec.four_bit:
-        return _native.quantize_4bit(isa, source, _codebook(spec.kind), codes, scales)
-    return _native.quantize_int8(isa, source, codes, scales)
+    rows, columns = source.shape
+    kind, codebook = (_native.FOUR_BIT, _codebook(spec.kind).data_ptr()) if spec.four_bit else (_native.INT8, 0)
+    return _native.quantize(
+        isa, kind, rows, columns, source.data_ptr(), source.dtype == torch.bfloat16,
+        codebook, _address("codes", codes), _address("scales", scales), scales.dtype == torch.float16,
+    )  # fmt: skip
+
+
+def _operand(weight: Weight) -> tuple[int, int, int, int, int, bool, int]:
+    """What the compiled code is told of a weight that `check_linear` has passed."""
+    rows, columns = weight.shape
+    if isinstance(weight, torch.Tensor):
+        return _native.BF16, rows, columns, _address("weight", weight), 0, False, 0
+    codes, scales = _address("codes", weight.codes), _address("scales", weight.scales)
+    if weight.spec.four_bit:
+        half = weight.scales.dtype == torch.float16
+        return _native.FOUR_BIT, rows, columns, codes, scales, half, _codebook(weight.spec.kind).data_ptr()
+    return _native.INT8, rows, columns, codes, scales, False, 0
+
+
+def _address(name: str, array: torch.Tensor) -> int:
+    if not array.is_contiguous() or array.device.type != "cpu":
+        raise RefusedError(f"linear: {name} are not contiguous in memory")
+    return array.data_ptr()
 
 
 def _sources(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -69,7 +69,7 @@ def check_linear(x: torch.Tensor, weight: Weight) -> None:
     if len(shape) != 2 or x.shape[1] != shape[1]:
         raise RefusedError(f"activations {list(x.shape)} do not fit a weight {list(shape)}")
     if isinstance(weight, QuantTensor):
-        _check_quantized(weight)
+        check_quantized(weight)
     elif weight.dtype not in (torch.bfloat16, torch.float32):
         raise RefusedError(f"a plain weight is bfloat16 or float32, not {weight.dtype}")
 
@@ -88,7 +88,7 @@ def check_routing(
         raise RefusedError(f"tokens are routed to experts {missing}, which are not at hand")
 
 
-def _check_quantized(weight: QuantTensor) -> None:
+def check_quantized(weight: QuantTensor) -> None:
     """Raise `RefusedError` unless codes and scales have the shapes and types of `weight.spec`."""
     spec, (rows, columns) = weight.spec, weight.shape
     if spec.kind == "bf16":
