@@ -59,10 +59,11 @@ def pull(
     name: str, variant: Variant | None, home: Home, *, keep_source: bool = False
 ) -> Generator[Progress, None, ModelStore]:
     """Make a catalogue model ready to run; one that is there costs nothing. Yields progress, returns the store."""
-    entry = known_entry(name)
-    request = QuantizeRequest(
-        name, variant or entry.variant, recipe_for(variant or entry.variant), keep_source=keep_source
-    )
+    variant = variant or known_entry(name).variant
+    final = home.store(name, variant)
+    if (final / MANIFEST).is_file():
+        return ModelStore.open(final)
+    request = QuantizeRequest(name, variant, recipe_for(variant), keep_source=keep_source)
     return (yield from quantize_model(request, home))
 
 

@@ -137,6 +137,10 @@ class Session:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         return self.template.encode(messages, self.tokenizer, prefill=prefill)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, b"" for a control token or a row of the embedding that is no token."""
+        return b"" if token_id >= self.tokenizer.vocab_size else self.tokenizer.token_bytes(token_id)
+
     def stream(
         self,
         prompt: str | Sequence[Message],
@@ -215,6 +219,8 @@ def _advance(
     if event.choice.id in tokenizer.eos_ids:
         return "", False
     clock.token()
+    if event.choice.id >= tokenizer.vocab_size:  # embeddings may be padded beyond the last token
+        return "", False
     return scanner.push(text.push(event.choice.id))
 
 

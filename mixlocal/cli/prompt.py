@@ -159,7 +159,7 @@ class _Answer:
 
     def _logprob(self, choice: Choice) -> dict[str, Any]:
         def token(token_id: int, logprob: float) -> dict[str, Any]:
-            text = self.session.tokenizer.token_bytes(token_id)
+            text = self.session.token_bytes(token_id)
             return {"id": token_id, "token": text.decode(errors="replace"), "bytes": list(text), "logprob": logprob}
 
         return token(choice.id, choice.logprob) | {"top": [token(*pair) for pair in choice.top]}

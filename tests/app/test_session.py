@@ -50,6 +50,16 @@ def test_streamed_text_is_the_decoded_tokens(session: Session) -> None:
     assert text(chunks) == session.tokenizer.decode(ids, continuation=True)
 
 
+def test_rows_of_the_embedding_that_are_no_tokens_have_no_text(store: Path, session: Session) -> None:
+    """The tiny model has 260 rows and its tokenizer 258 tokens; hot enough, it chooses one of the two others."""
+    assert session.config.vocab_size > session.tokenizer.vocab_size
+    chunks = answer(session, temperature=50.0, max_tokens=400, top_p=1.0, seed=2)
+    strays = [c for c in chunks if c.choice and c.choice.id >= session.tokenizer.vocab_size]
+    assert strays
+    assert all(c.text == "" for c in strays)
+    assert session.token_bytes(259) == b""
+
+
 def test_stop_string_over_token_borders_is_not_shown(session: Session) -> None:
     whole = text(answer(session, temperature=1.0))
     stop = whole[10:14]
