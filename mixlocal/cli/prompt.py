@@ -46,6 +46,7 @@ def prompt(options: Globals, /, text: tuple[str, ...], **given: Any) -> None:
     messages = request.messages(question)
     try:
         chunks = session.stream(messages, answer.params, raw=given["raw"], prefill=given["prefill"])
+        request.print(given["prefill"])
         for piece in answer.pieces(chunks):
             request.print(piece)
     except KeyboardInterrupt:
@@ -102,7 +103,7 @@ class _Request:
             print_json(answer.envelope(self.given["prefill"]))
         elif not self.streams:
             self.streams = True
-            self.print(answer.text)
+            self.print(self.given["prefill"] + answer.text)
         if not self.options.as_json and not answer.text.endswith("\n"):
             self.print("\n")
         say(self.options, answer.summary() if self.given["stats"] else f"seed {answer.params.seed}")

@@ -60,6 +60,8 @@ def test_prefill_begins_the_answer(run) -> None:
     body = json.loads(run("prompt", *GREEDY, "--json", "--prefill", "Well, ", "Hello").out)
     assert body["text"].startswith("Well, ")
     assert body["prompt_tokens"] == len("HelloWell, ")
+    for mode in ((), ("--no-stream",)):
+        assert run("prompt", *GREEDY, *mode, "--prefill", "Well, ", "Hello").out == body["text"] + "\n"
 
 
 @pytest.mark.parametrize(
