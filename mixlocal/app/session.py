@@ -158,7 +158,7 @@ class Session:
     ) -> Iterator[Chunk]:
         """As `stream`, for a prompt that is token ids already; `continuation`: the answer goes on in the same text."""
         params = params or self.defaults
-        sampler = Sampler(params if params.seed is not None else replace(params, seed=draw_seed()))
+        sampler = Sampler(with_seed(params))
         cache = KVCache(self.config, self.context)
         clock = _Clock(self.load_s, len(ids))
         text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
@@ -252,8 +252,9 @@ def plan(store: ModelStore, config: ModelConfig, context: int | None) -> MemoryP
     )
 
 
-def draw_seed() -> int:
-    return secrets.randbelow(1 << 31)
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """`params` with a seed: its own, or one drawn now, so that every run can be replayed."""
+    return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
 
 
 def ram_peak() -> int:

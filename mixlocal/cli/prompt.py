@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,7 +42,7 @@ def prompt(options: Globals, /, text: tuple[str, ...], **given: Any) -> None:
     request = _Request(options, given)
     question = _question(text)
     session = request.open()
-    answer = _Answer(session, request.params(session))
+    answer = _Answer(session, request.params(session.defaults))
     messages = request.messages(question)
     try:
         chunks = session.stream(messages, answer.params, raw=given["raw"], prefill=given["prefill"])
@@ -63,6 +63,9 @@ class _Request:
         if given["logprobs"] and not options.as_json:
             raise UsageError("--logprobs needs --json")
         self.options, self.given = options, given
+        from mixlocal.engine.sampling import SamplingParams
+
+        self.params(SamplingParams())  # a value out of range is not worth waiting for a model
         self.streams = not options.as_json and not given["no_stream"]
 
     def open(self) -> Session:
@@ -82,10 +85,12 @@ class _Request:
             warn(self.options, warning)
         return session
 
-    def params(self, session: Session) -> SamplingParams:
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the user gave over `defaults`, with a seed. Raises `UsageError` naming a value out of range."""
+        from mixlocal.app.session import with_seed
+
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "logprobs")
-        params = sampling_params(session.defaults, {name: self.given[name] for name in names})
-        return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
+        return with_seed(sampling_params(defaults, {name: self.given[name] for name in names}))
 
     def messages(self, question: str) -> list[Any]:
         from mixlocal.app.template import Message

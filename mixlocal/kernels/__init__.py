@@ -52,8 +52,7 @@ def select(device: str = "cpu") -> Kernels:
     from mixlocal.kernels.cpu import CpuKernels, chosen_isa
     from mixlocal.kernels.reference import ReferenceKernels
 
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"no kernels for device {device!r}", "use cpu or cuda")
-    isa = chosen_isa() if kind == "cpu" else None
+    if device != "cpu":
+        raise UsageError(f"no kernels for device {device!r}", "use cpu")
+    isa = chosen_isa()
     return CpuKernels(isa) if isa else ReferenceKernels()

@@ -127,7 +127,7 @@ def set_threads(count: int) -> None:
     """
     if count < 1:
         raise UsageError(f"{count} threads cannot compute anything", "use 1 or more")
-    if MISSING:
+    if chosen_isa() is None:
         torch.set_num_threads(count)
     else:
         torch.set_num_threads(1)
