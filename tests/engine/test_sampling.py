@@ -37,6 +37,22 @@ def test_which_tokens_are_kept(changes: dict[str, float], expected: list[int]) -
     assert kept(**changes) == expected
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_large_vocabulary_keeps_what_a_full_sort_keeps(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(5000, generator=generator) * 3).round(decimals=1)  # many ties
+    settings = [(0.7, 0.95, 0, 0.0), (1.5, 0.5, 0, 0.0), (1.0, 1.0, 0, 0.05), (0.2, 0.9, 0, 0.0), (1.0, 0.9, 40, 0.02)]
+    for temperature, top_p, top_k, min_p in settings:
+        probabilities, ids = torch.softmax(logits.double() / temperature, -1).sort(descending=True, stable=True)
+        if top_k:
+            probabilities, ids = probabilities[:top_k] / probabilities[:top_k].sum(), ids[:top_k]
+        keep = (probabilities.cumsum(0) - probabilities < top_p) & (probabilities >= min_p * probabilities[0])
+        params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        found, found_ids = keep_likely(logits, params)
+        assert found_ids.tolist() == ids[keep].tolist()
+        torch.testing.assert_close(found, probabilities[keep], rtol=1e-9, atol=0)
+
+
 def test_temperature_sharpens_and_flattens() -> None:
     for temperature in (0.5, 1.0, 2.0):
         probabilities, _ = keep_likely(LOGITS, SamplingParams(temperature=temperature, top_p=1.0))
