@@ -52,7 +52,7 @@ def _kernels() -> Finding:
     if isa:
         return Finding("good", "kernels", f"compiled, {isa}")
     return Finding("lack", "kernels", f"not compiled: {MISSING}",
-                   "PyTorch computes instead, 3 times slower at 8 bits, 20 at 4; a C++ compiler mends that")  # fmt: skip
+                   "PyTorch computes instead, 3 times slower at 8 bits, 20 at 4: install a compiler")  # fmt: skip
 
 
 def _gpu() -> Finding:
