@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixlocal.app.catalog import VARIANTS
+from mixlocal.app.model_run import load_model
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
-from mixlocal.app.session import load_model
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.transformer import Transformer

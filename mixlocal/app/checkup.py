@@ -13,7 +13,7 @@ import torch
 
 from mixlocal import __version__
 from mixlocal.app.hardware import existing_parent, probe
-from mixlocal.kernels.cpu import MISSING, native_isa
+from mixlocal.kernels.isa import MISSING, native_isa
 from mixlocal.store.paths import Home
 
 LIBRARIES = ("torch", "tokenizers", "sentencepiece", "safetensors")

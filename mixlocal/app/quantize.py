@@ -20,7 +20,8 @@ import torch
 from mixlocal.app.hardware import existing_parent, probe
 from mixlocal.app.progress import Progress
 from mixlocal.errors import DiskFullError, RefusedError
-from mixlocal.kernels.cpu import quantize_rows, set_threads
+from mixlocal.kernels.isa import set_threads
+from mixlocal.kernels.quantizer import quantize_rows
 from mixlocal.model.arch import Architecture, find_architecture
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.load import SCALES_SUFFIX

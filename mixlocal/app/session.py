@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
-from mixlocal.app.hardware import probe
 from mixlocal.app.installed import find_store
+from mixlocal.app.model_run import ModelRun, RunOptions
 from mixlocal.app.template import ChatTemplate, Message
 from mixlocal.app.templates import load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
@@ -25,22 +25,10 @@ from mixlocal.app.tokenizer import Tokenizer
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
-from mixlocal.errors import RefusedError, UsageError
-from mixlocal.experts.plan import MemoryPlan, check_memory
-from mixlocal.experts.resident import ResidentExperts
-from mixlocal.kernels import select
-from mixlocal.kernels.cpu import set_threads
-from mixlocal.model.arch import read_config
-from mixlocal.model.config import ModelConfig
-from mixlocal.model.kv_cache import KVCache, kv_bytes_per_token
-from mixlocal.model.load import load_trunk
-from mixlocal.model.transformer import Transformer
-from mixlocal.store.manifest import MANIFEST
-from mixlocal.store.model_store import TRUNK_FILE, ModelStore
+from mixlocal.errors import RefusedError
+from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
+from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
-from mixlocal.store.strict_json import read_json_object
-
-PLANNED_CONTEXT = 4096  # tokens of KV cache counted before loading when no context was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +65,24 @@ class Chunk:
     stats: RunStats | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with.
-    threads: None for every core this process may use."""
-
-    context: int | None = None
-    experts_per_token: int | None = None
-    threads: int | None = None
-
-
 class Session:
     """Tokenizer, chat template, transformer. `warnings` are for the user; `defaults` are the model's own sampling."""
 
-    def __init__(self, store: ModelStore, options: SessionOptions) -> None:
+    def __init__(self, store: ModelStore, options: RunOptions) -> None:
         """Load and check everything. Raises `MixlocalError`s of many kinds; nothing of a damaged store is used."""
         start = time.perf_counter()
-        manifest = store.manifest
-        entry = find_entry(manifest.name)
-        hardware = probe(store.folder)
-        set_threads(hardware.cores if options.threads is None else options.threads)
-        self.name, self.variant = manifest.name, manifest.variant
-        self.config = read_config(read_json_object(store.folder / "config.json"), str(store.folder / "config.json"))
-        self.context = _context(self.config, options)
-        self.warnings = _warnings(self.config, options)
-        self.defaults: SamplingParams = sampling_defaults(entry)
-        _check_shape(store, self.config)
-        check_memory(plan(store, self.config, options.context), self.name, hardware.ram_free)
+        self.run = ModelRun(store, options)
+        self.name, self.variant = store.manifest.name, store.manifest.variant
+        self.config, self.context, self.warnings = self.run.config, self.run.context, self.run.warnings
+        self.defaults: SamplingParams = sampling_defaults(find_entry(self.name))
         self.tokenizer: Tokenizer = load_tokenizer(store.folder)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise RefusedError(
                 f"{store.folder}: the tokenizer knows {self.tokenizer.vocab_size} tokens, "
                 f"config.json only vocab_size = {self.config.vocab_size}"
             )
-        self.template: ChatTemplate = load_template(store.folder, manifest.template)
-        self._model = load_model(store, self.config, options.experts_per_token)
+        self.template: ChatTemplate = load_template(store.folder, store.manifest.template)
+        self.model = self.run.load()
         self.load_s = time.perf_counter() - start
 
     @classmethod
@@ -122,11 +93,12 @@ class Session:
         context: int | None = None,
         experts_per_token: int | None = None,
         threads: int | None = None,
+        kv_dtype: str = DEFAULT_KV_DTYPE,
         folders: Home | None = None,
     ) -> Self:
         """Load an installed model by name, name:variant or folder. Raises `NotFoundError` if it is not installed."""
         store = ModelStore.open(find_store(model, folders or home()))
-        return cls(store, SessionOptions(context, experts_per_token, threads))
+        return cls(store, RunOptions(context, experts_per_token, threads, kv_dtype))
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
@@ -159,10 +131,10 @@ class Session:
         """As `stream`, for a prompt that is token ids already; `continuation`: the answer goes on in the same text."""
         params = params or self.defaults
         sampler = Sampler(with_seed(params))
-        cache = KVCache(self.config, self.context)
+        cache = self.run.new_cache(self.context)
         clock = _Clock(self.load_s, len(ids))
         text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
-        for event in generate(self._model, ids, cache, sampler, self.tokenizer.eos_ids):
+        for event in generate(self.model, ids, cache, sampler, self.tokenizer.eos_ids):
             if isinstance(event, Prefilled):
                 clock.prefilled()
                 yield Chunk(prefilled=event)
@@ -179,7 +151,7 @@ class Session:
 
     def close(self) -> None:
         """Free the weights."""
-        vars(self).pop("_model", None)
+        vars(self).pop("model", None)
 
     def __enter__(self) -> Self:
         return self
@@ -229,29 +201,6 @@ def _rest(text: TextStream, scanner: StopScanner) -> str:
     return piece if stopped else piece + scanner.flush()
 
 
-def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
-    """Trunk and experts of a store, all in memory."""
-    kernels = select("cpu")
-    file = store.experts()
-    try:
-        experts = ResidentExperts(file, kernels)
-    finally:
-        file.close()
-    return Transformer(config, load_trunk(store, config), experts, kernels, top_k)
-
-
-def plan(store: ModelStore, config: ModelConfig, context: int | None) -> MemoryPlan:
-    """Bytes that running `store` takes."""
-    manifest = store.manifest
-    tokens = context or min(config.max_context, PLANNED_CONTEXT)
-    return MemoryPlan(
-        trunk_bytes=manifest.files[TRUNK_FILE].nbytes,
-        expert_bytes=manifest.experts_bytes,
-        kv_bytes=tokens * kv_bytes_per_token(config),
-        context=tokens,
-    )
-
-
 def with_seed(params: SamplingParams) -> SamplingParams:
     """`params` with a seed: its own, or one drawn now, so that every run can be replayed."""
     return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
@@ -261,32 +210,3 @@ def ram_peak() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _context(config: ModelConfig, options: SessionOptions) -> int:
-    if options.context is None:
-        return config.max_context
-    if not 1 <= options.context <= config.max_context:
-        raise UsageError(f"--ctx {options.context} is outside 1 to {config.max_context}, the model's own context")
-    return options.context
-
-
-def _warnings(config: ModelConfig, options: SessionOptions) -> tuple[str, ...]:
-    count, trained = options.experts_per_token, config.router.top_k
-    if count is None or count == trained:
-        return ()
-    if not 1 <= count <= config.router.n_experts:
-        raise UsageError(
-            f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer"
-        )
-    effect = "more reduces quality and speed" if count > trained else "fewer reduces quality and is faster"
-    return (f"{count} experts per token; the model was trained with {trained}: {effect}",)
-
-
-def _check_shape(store: ModelStore, config: ModelConfig) -> None:
-    manifest = store.manifest
-    ours = (config.dim, config.expert_hidden, config.n_layers, config.router.n_experts)
-    if ours != (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts):
-        raise RefusedError(
-            f"{store.folder}: config.json and {MANIFEST} are of different models", "pull the model again"
-        )

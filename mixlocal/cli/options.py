@@ -48,6 +48,16 @@ def _remember_json(ctx: click.Context, parameter: click.Parameter, value: bool) 
         ctx.obj = replace(ctx.find_object(Globals) or ctx.obj, as_json=True)
 
 
+def kv_dtype_option(command: Command) -> Command:
+    """`--kv-dtype`; None when not given."""
+    option = click.option(
+        "--kv-dtype",
+        type=click.Choice(["f16", "f32"]),
+        help="The KV cache's numbers; f16 by default, half the memory.",
+    )
+    return option(command)
+
+
 def sampling_options(command: Command) -> Command:
     """The generation flags; each is None when not given, so that the model's own default can hold."""
     options = [

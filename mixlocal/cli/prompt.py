@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mixlocal.cli.options import Globals, json_option, pass_globals, sampling_options, sampling_params
+from mixlocal.cli.options import Globals, json_option, kv_dtype_option, pass_globals, sampling_options, sampling_params
 from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
 from mixlocal.errors import NotFoundError, UsageError
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 )
 @click.option("--ctx", type=int, metavar="N", help="Tokens of context; the model's own by default.")
 @click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; the model's own by default.")
-@click.option("--threads", type=int, metavar="N", help="Threads; all cores this process may use by default.")
+@click.option("--threads", type=int, metavar="N", help="Threads; all physical cores this process may use by default.")
+@kv_dtype_option
 @click.option("--stats/--no-stats", default=True, help="Speed and seed on stderr after the answer.")
 @sampling_options
 @json_option
@@ -71,6 +72,7 @@ class _Request:
     def open(self) -> Session:
         """Load the model; smolmix is fetched and built at its first use."""
         from mixlocal.app.session import Session
+        from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
 
         folders = self.options.folders()
         _install_default(self.options, self.given["model"], folders)
@@ -79,6 +81,7 @@ class _Request:
             context=self.given["ctx"],
             experts_per_token=self.given["experts_per_token"],
             threads=self.given["threads"],
+            kv_dtype=self.given["kv_dtype"] or DEFAULT_KV_DTYPE,
             folders=folders,
         )
         for warning in session.warnings:

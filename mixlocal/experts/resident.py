@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from mixlocal.experts.runtime import Routing
-from mixlocal.kernels import Kernels
-from mixlocal.quant.format import ExpertWeights
+from mixlocal.kernels import Expert, Kernels
 from mixlocal.quant.packing import read_record
 from mixlocal.store.expert_file import ExpertFile
 
@@ -16,7 +15,7 @@ READERS = 2
 
 
 class ResidentExperts:
-    """Reads and checks all records of a store at once; `layers[layer][expert]` are views into one buffer."""
+    """Reads and checks all records of a store at once; `layers[layer][expert]` lie in one buffer."""
 
     def __init__(self, file: ExpertFile, kernels: Kernels) -> None:
         manifest = file.manifest
@@ -25,8 +24,8 @@ class ResidentExperts:
         buffer = torch.empty((len(manifest.records), manifest.stride), dtype=torch.uint8)
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(lambda i: file.read(i // per_layer, i % per_layer, buffer[i]), range(len(buffer))))
-        experts = [read_record(layout, record) for record in buffer]
-        self.layers: list[dict[int, ExpertWeights]] = [
+        experts = [kernels.bind_expert(read_record(layout, record)) for record in buffer]
+        self.layers: list[dict[int, Expert]] = [
             dict(enumerate(experts[first : first + per_layer])) for first in range(0, len(experts), per_layer)
         ]
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import cast
 
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
-from mixlocal.errors import RefusedError
+from mixlocal.kernels import (
+    PANEL,
+    Attention,
+    AttentionShape,
+    AttentionWeights,
+    Expert,
+    Head,
+    KeyValues,
+    Router,
+    RouterWeights,
+    Step,
+)
+from mixlocal.kernels.checks import (
+    check_attention,
+    check_expert,
+    check_head,
+    check_linear,
+    check_router,
+    check_routing,
+    missing_experts,
+)
 from mixlocal.quant.format import BLOCK_SIZE, CODEBOOKS, ExpertWeights, QuantTensor, Weight
 from mixlocal.quant.quantize import dequantize_rows, row_chunks
-
-Linear = Callable[[torch.Tensor, Weight], torch.Tensor]
 
 
 class ReferenceKernels:
@@ -24,85 +43,127 @@ class ReferenceKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See `Kernels.linear`."""
         check_linear(x, weight)
-        rows = weight.shape[0]
-        out = torch.empty(len(x), rows, device=x.device)
+        out = torch.empty(len(x), weight.shape[0], device=x.device)
         for part, exact in _exact_rows(weight):
             out[:, part] = x @ exact.T
         return out
 
+    def bind_attention(self, weights: AttentionWeights, shape: AttentionShape) -> Attention:
+        """See `Kernels.bind_attention`."""
+        check_attention(weights, shape)
+        return ReferenceAttention(self, weights, shape)
+
+    def bind_router(self, weights: RouterWeights) -> Router:
+        """See `Kernels.bind_router`."""
+        check_router(weights)
+        return ReferenceRouter(weights)
+
+    def bind_head(self, norm: torch.Tensor, weight: Weight, norm_eps: float) -> Head:
+        """See `Kernels.bind_head`."""
+        check_head(norm, weight)
+        return ReferenceHead(self, norm, weight, norm_eps)
+
+    def bind_expert(self, weights: ExpertWeights) -> Expert:
+        """See `Kernels.bind_expert`."""
+        check_expert(weights)
+        return weights
+
     def moe_ffn(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        weights: torch.Tensor,
-        experts: Mapping[int, ExpertWeights],
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: dict[int, Expert]
     ) -> torch.Tensor:
-        """See `Kernels.moe_ffn`."""
-        return grouped_moe_ffn(self.linear, x, expert_ids, weights, experts)
+        """See `Kernels.moe_ffn`; experts add up in the order of their ids."""
+        check_routing(x, expert_ids, weights)
+        missing = set(expert_ids.flatten().tolist()) - set(experts)
+        if missing:
+            raise missing_experts(missing)
+        out = torch.zeros_like(x)
+        flat_weights = weights.reshape(-1, 1)
+        for expert_id, picks in _picks_by_expert(expert_ids):
+            tokens = picks // expert_ids.shape[1]
+            expert = cast(ExpertWeights, experts[expert_id])
+            chosen = x[tokens]
+            hidden = silu(self.linear(chosen, expert.w1)) * self.linear(chosen, expert.w3)
+            out.index_add_(0, tokens, self.linear(hidden, expert.w2) * flat_weights[picks])
+        return out
 
 
-def grouped_moe_ffn(
-    linear: Linear,
-    x: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    experts: Mapping[int, ExpertWeights],
-) -> torch.Tensor:
-    """`Kernels.moe_ffn` over any `linear`; experts add up in the order of their ids, whatever else is in the batch."""
-    check_routing(x, expert_ids, weights, experts)
-    out = torch.zeros_like(x)
-    flat_weights = weights.reshape(-1, 1)
-    for expert_id, picks in _picks_by_expert(expert_ids):
-        tokens = picks // expert_ids.shape[1]
-        expert = experts[expert_id]
-        chosen = x[tokens]
-        hidden = silu(linear(chosen, expert.w1)) * linear(chosen, expert.w3)
-        out.index_add_(0, tokens, linear(hidden, expert.w2) * flat_weights[picks])
-    return out
+class ReferenceAttention:
+    """See `mixlocal.kernels.Attention`."""
+
+    def __init__(self, kernels: ReferenceKernels, weights: AttentionWeights, shape: AttentionShape) -> None:
+        self._kernels, self._weights, self._shape = kernels, weights, shape
+
+    def add_to(self, hidden: torch.Tensor, cache: KeyValues, step: Step) -> None:
+        """See `mixlocal.kernels.Attention`."""
+        weights, shape = self._weights, self._shape
+        normed = rms_norm(hidden, weights.norm, shape.norm_eps)
+
+        def heads(weight: Weight, count: int) -> torch.Tensor:  # [count, T, d]
+            return self._kernels.linear(normed, weight).view(-1, count, shape.head_dim).transpose(0, 1)
+
+        query = rotate(heads(weights.q, shape.n_heads), step)
+        key = rotate(heads(weights.k, shape.n_kv_heads), step)
+        store(cache, step.start, key, heads(weights.v, shape.n_kv_heads))
+        keys, values = stored(cache, step.start + len(hidden), shape.head_dim)
+        mask = visible(step.start, len(hidden), shape.window)
+        mixed = scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, enable_gqa=True)
+        hidden += self._kernels.linear(mixed[0].transpose(0, 1).flatten(1), weights.o)
 
 
-def check_linear(x: torch.Tensor, weight: Weight) -> None:
-    """Raise `RefusedError` unless x is float32 [T, C] and `weight` holds a [R, C] matrix in its format's types."""
-    shape = tuple(weight.shape)
-    if x.dtype != torch.float32 or x.ndim != 2:
-        raise RefusedError(f"linear takes float32 activations [T, C], not {x.dtype} {list(x.shape)}")
-    if len(shape) != 2 or x.shape[1] != shape[1]:
-        raise RefusedError(f"activations {list(x.shape)} do not fit a weight {list(shape)}")
-    if isinstance(weight, QuantTensor):
-        check_quantized(weight)
-    elif weight.dtype not in (torch.bfloat16, torch.float32):
-        raise RefusedError(f"a plain weight is bfloat16 or float32, not {weight.dtype}")
+class ReferenceRouter:
+    """See `mixlocal.kernels.Router`."""
+
+    def __init__(self, weights: RouterWeights) -> None:
+        self._weights = weights
+
+    def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `mixlocal.kernels.Router`. Softmax over the K largest logits alone would give the same weights."""
+        normed = rms_norm(hidden, self._weights.norm, self._weights.norm_eps)
+        scores = torch.softmax(normed @ self._weights.gate.T, dim=-1)
+        weights, ids = scores.topk(self._weights.top_k, dim=-1)
+        return normed, ids, weights / weights.sum(-1, keepdim=True)
 
 
-def check_routing(
-    x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, experts: Mapping[int, ExpertWeights]
-) -> None:
-    """Raise `RefusedError` unless ids int64 [T, K] and weights float32 [T, K] go with x and all experts are there."""
-    if expert_ids.dtype != torch.int64 or expert_ids.ndim != 2 or len(expert_ids) != len(x):
-        raise RefusedError(f"expert ids must be int64 [{len(x)}, K], not {expert_ids.dtype} {list(expert_ids.shape)}")
-    if weights.dtype != torch.float32 or weights.shape != expert_ids.shape:
-        expected = f"float32 {list(expert_ids.shape)}"
-        raise RefusedError(f"expert weights must be {expected}, not {weights.dtype} {list(weights.shape)}")
-    missing = sorted(set(expert_ids.flatten().tolist()) - set(experts))
-    if missing:
-        raise RefusedError(f"tokens are routed to experts {missing}, which are not at hand")
+class ReferenceHead:
+    """See `mixlocal.kernels.Head`."""
+
+    def __init__(self, kernels: ReferenceKernels, norm: torch.Tensor, weight: Weight, norm_eps: float) -> None:
+        self._kernels, self._norm, self._weight, self._eps = kernels, norm, weight, norm_eps
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `mixlocal.kernels.Head`."""
+        return self._kernels.linear(rms_norm(hidden, self._norm, self._eps), self._weight)
 
 
-def check_quantized(weight: QuantTensor) -> None:
-    """Raise `RefusedError` unless codes and scales have the shapes and types of `weight.spec`."""
-    spec, (rows, columns) = weight.spec, weight.shape
-    if spec.kind == "bf16":
-        raise RefusedError("a bf16 weight is a plain tensor, not codes and scales")
-    spec.check_shape("linear", weight.shape)
-    expected = {
-        "codes": (torch.uint8 if spec.four_bit else torch.int8, (rows, columns // 2 if spec.four_bit else columns)),
-        "scales": (spec.scale_dtype, spec.scales_shape(weight.shape)),
-    }
-    for part, (dtype, shape) in expected.items():
-        tensor: torch.Tensor = getattr(weight, part)
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise RefusedError(f"{spec.kind} {part} must be {dtype} {list(shape)}, not {found}")
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
+    """Rotary embedding of [heads, T, d]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * step.cos + torch.cat((-right, left), dim=-1) * step.sin
+
+
+def visible(start: int, count: int, window: int | None) -> torch.Tensor:
+    """bool [T, start + T]: which positions each of the tokens at start, start + 1, ... attends to."""
+    positions, keys = torch.arange(start, start + count)[:, None], torch.arange(start + count)
+    mask = keys <= positions
+    return mask if window is None else mask & (keys > positions - window)
+
+
+def store(cache: KeyValues, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put keys and values [KH, T, d] at positions start, start + 1, ..."""
+    positions = torch.arange(start, start + keys.shape[1])
+    cache.keys[:, positions // PANEL, :, positions % PANEL] = keys.transpose(0, 1).to(cache.keys.dtype)
+    cache.values[:, positions, : values.shape[2]] = values.to(cache.values.dtype)
+
+
+def stored(cache: KeyValues, count: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` keys and values, float32 [KH, count, d]."""
+    keys = cache.keys[:, : -(-count // PANEL)].transpose(2, 3).flatten(1, 2)[:, :count]
+    return keys.float(), cache.values[:, :count, :head_dim].float()
 
 
 def _exact_rows(weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -12,50 +12,63 @@ from __future__ import annotations
 
 import torch
 
+from mixlocal.kernels import PANEL, KeyValues
 from mixlocal.model.config import ModelConfig
 
 FIRST_CAPACITY = 256
+KV_DTYPES = {"f16": torch.float16, "f32": torch.float32}
+DEFAULT_KV_DTYPE = "f16"
 
 
 class KVCache:
-    """float32 [layers, 2, KH, capacity, head_dim]; positions 0 to length - 1 are in use."""
+    """`layers[i]` is what layer i reads and writes; positions 0 to length - 1 are in use."""
 
-    def __init__(self, config: ModelConfig, limit: int) -> None:
+    def __init__(self, config: ModelConfig, limit: int, dtype: torch.dtype = KV_DTYPES[DEFAULT_KV_DTYPE]) -> None:
         self.limit = limit
         self.length = 0
-        shape = (config.n_layers, 2, config.n_kv_heads, min(FIRST_CAPACITY, limit), config.head_dim)
-        self._data = torch.empty(shape)
+        self.layers: list[KeyValues] = []
+        self._config, self._dtype = config, dtype
+        self._capacity = 0
+        self._grow(min(FIRST_CAPACITY, limit))
 
     @property
     def nbytes(self) -> int:
-        return self._data.nbytes
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens. The caller has checked them against `limit`."""
-        needed, capacity = self.length + count, self._data.shape[3]
+        needed = self.length + count
         assert needed <= self.limit, (needed, self.limit)
-        if needed > capacity:
-            shape = list(self._data.shape)
-            shape[3] = min(max(needed, 2 * capacity), self.limit)
-            grown = torch.empty(shape)
-            grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
-            self._data = grown
-
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [KH, T, head_dim] keys and values behind `length`; returns all of them, [KH, length + T, head_dim]."""
-        end = self.length + keys.shape[1]
-        cached = self._data[layer]
-        cached[0, :, self.length : end] = keys
-        cached[1, :, self.length : end] = values
-        return cached[0, :, :end], cached[1, :, :end]
+        if needed > self._capacity:
+            self._grow(min(max(needed, 2 * self._capacity), self.limit))
 
     def advance(self, count: int) -> None:
-        """The last `count` appended tokens are complete in every layer."""
+        """`count` tokens behind `length` are complete in every layer."""
         self.length += count
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
+    def _grow(self, capacity: int) -> None:
+        config, panels = self._config, _panels(capacity)
+        shape = (config.n_layers, config.n_kv_heads)
+        keys = torch.empty((*shape, panels, config.head_dim, PANEL), dtype=self._dtype)
+        values = torch.empty((*shape, panels * PANEL, _value_width(config)), dtype=self._dtype)
+        used = _panels(self.length)
+        for i, old in enumerate(self.layers):
+            keys[i, :, :used] = old.keys[:, :used]
+            values[i, :, : self.length] = old.values[:, : self.length]
+        self.layers = [KeyValues(keys[i], values[i]) for i in range(config.n_layers)]
+        self._capacity = panels * PANEL
 
-def kv_bytes_per_token(config: ModelConfig) -> int:
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype = KV_DTYPES[DEFAULT_KV_DTYPE]) -> int:
+    return config.n_layers * config.n_kv_heads * (config.head_dim + _value_width(config)) * dtype.itemsize
+
+
+def _panels(tokens: int) -> int:
+    return -(-tokens // PANEL)
+
+
+def _value_width(config: ModelConfig) -> int:
+    return _panels(config.head_dim) * PANEL

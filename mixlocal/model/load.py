@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mixlocal.errors import CorruptError
+from mixlocal.kernels import AttentionWeights
 from mixlocal.model.config import ModelConfig
-from mixlocal.model.layers import AttentionWeights
 from mixlocal.model.tensors import EMBEDDING, FINAL_NORM, HEAD, TrunkTensor, trunk_tensors
 from mixlocal.model.transformer import LayerWeights, TrunkWeights
 from mixlocal.quant.format import QuantSpec, QuantTensor, Weight
@@ -28,8 +28,9 @@ def load_trunk(store: ModelStore, config: ModelConfig) -> TrunkWeights:
 
     layers = tuple(
         LayerWeights(
-            exact(f"layers.{i}.attention_norm"),
-            AttentionWeights(*(weights[f"layers.{i}.attention.{x}"] for x in "qkvo")),
+            AttentionWeights(
+                exact(f"layers.{i}.attention_norm"), *(weights[f"layers.{i}.attention.{x}"] for x in "qkvo")
+            ),
             exact(f"layers.{i}.ffn_norm"),
             exact(f"layers.{i}.router"),
         )

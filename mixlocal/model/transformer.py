@@ -6,19 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from mixlocal.experts.runtime import ExpertRuntime
-from mixlocal.kernels import Kernels
+from mixlocal.experts.runtime import ExpertRuntime, Routing
+from mixlocal.kernels import AttentionShape, AttentionWeights, Kernels, RouterWeights
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import KVCache
-from mixlocal.model.layers import AttentionWeights, attend, make_step, rms_norm
-from mixlocal.model.moe import moe_layer
+from mixlocal.model.layers import make_step
 from mixlocal.quant.format import QuantTensor, Weight
 from mixlocal.quant.quantize import dequantize
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    attention_norm: torch.Tensor  # [D]
     attention: AttentionWeights
     ffn_norm: torch.Tensor  # [D]
     router: torch.Tensor  # [E, D]
@@ -47,7 +45,14 @@ class Transformer:
     ) -> None:
         self.config = config
         self.top_k = top_k or config.router.top_k
-        self._trunk, self._experts, self._kernels = trunk, experts, kernels
+        self._experts = experts
+        eps, shape = config.norm_eps, attention_shape(config)
+        self._embedding = trunk.embedding
+        self._attention = [kernels.bind_attention(layer.attention, shape) for layer in trunk.layers]
+        self._routers = [
+            kernels.bind_router(RouterWeights(layer.ffn_norm, layer.router, eps, self.top_k)) for layer in trunk.layers
+        ]
+        self._head = kernels.bind_head(trunk.norm, trunk.head, eps)
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False) -> torch.Tensor:
@@ -55,16 +60,18 @@ class Transformer:
         count = len(ids)
         cache.reserve(count)
         step = make_step(self.config, cache.length, count)
-        hidden = embed(self._trunk.embedding, ids)
-        for i, layer in enumerate(self._trunk.layers):
-            normed = rms_norm(hidden, layer.attention_norm, self.config.norm_eps)
-            hidden = hidden + attend(normed, layer.attention, i, self.config, cache, step, self._kernels)
-            normed = rms_norm(hidden, layer.ffn_norm, self.config.norm_eps)
-            hidden = hidden + moe_layer(normed, layer.router, self.top_k, i, self._experts)
+        hidden = embed(self._embedding, ids)
+        for i, (attention, router) in enumerate(zip(self._attention, self._routers, strict=True)):
+            attention.add_to(hidden, cache.layers[i], step)
+            normed, experts, weights = router.choose(hidden)
+            hidden += self._experts.apply(i, normed, Routing(experts, weights))
         cache.advance(count)
-        hidden = rms_norm(hidden if all_logits else hidden[-1:], self._trunk.norm, self.config.norm_eps)
-        logits = self._kernels.linear(hidden, self._trunk.head)
+        logits = self._head.logits(hidden if all_logits else hidden[-1:])
         return logits if all_logits else logits[0]
+
+
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    return AttentionShape(config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps, config.sliding_window)
 
 
 def embed(embedding: Weight, ids: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def test_other_experts_per_token_warn(store: Path) -> None:
 
 
 def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlocal.app import session as module
+    from mixlocal.app import model_run as module
     from mixlocal.app.hardware import Hardware
 
     little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)

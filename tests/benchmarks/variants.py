@@ -18,7 +18,7 @@ import torch
 
 import mixlocal
 from mixlocal.app.installed import find_store
-from mixlocal.app.session import load_model
+from mixlocal.app.model_run import load_model
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.model.arch import read_config
 from mixlocal.model.kv_cache import KVCache

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixlocal.errors import RefusedError
-from mixlocal.kernels.cpu import quantize_rows
+from mixlocal.kernels.quantizer import quantize_rows
 from mixlocal.quant.format import KINDS, ExpertLayout, QuantSpec, QuantTensor
 from mixlocal.quant.packing import pack_nibbles, read_record, unpack_nibbles
 from mixlocal.quant.quantize import dequantize, dequantize_rows, quantize, relative_error

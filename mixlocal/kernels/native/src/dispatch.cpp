@@ -1,6 +1,10 @@
 #include "dispatch.h"
 
 #include <stdexcept>
+#ifdef MIXLOCAL_NEON
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace mixlocal {
 namespace {
@@ -11,9 +15,14 @@ std::vector<const KernelTable*> probe() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
         found.push_back(&kAvx512Kernels);
+    }
     if (avx2) found.push_back(&kAvx2Kernels);
+#endif
+#ifdef MIXLOCAL_NEON
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&kNeonKernels);
 #endif
     found.push_back(&kScalarKernels);
     return found;

@@ -8,19 +8,56 @@
 
 namespace mixlocal {
 
-constexpr int kBlock = 64;         // weights that share a scale, mixlocal.quant.format.BLOCK_SIZE
-constexpr int kMaxDotTokens = 4;   // most tokens of one `dot`
+constexpr int kBlock = 64;   // numbers that share a scale, mixlocal.quant.format.BLOCK_SIZE
+constexpr int kPanel = 16;   // keys that lie side by side in a KV cache, mixlocal.kernels.PANEL
 
-enum Kind { kFourBit, kInt8, kBf16 };
+enum Kind { kFourBit, kInt8, kBf16, kFloat };
 
 // A weight [rows, columns] as mixlocal.quant.format describes it.
 struct Matrix {
     Kind kind;
     int64_t rows, columns;
-    const void* codes;      // uint8 [rows, columns / 2] | int8 [rows, columns] | bfloat16 [rows, columns]
-    const void* scales;     // float16 or float32 [rows, blocks] | float32 [rows] | null
+    const void* codes;     // uint8 [rows, columns / 2] | int8 | bfloat16 | float32 [rows, columns]
+    const void* scales;    // float16 or float32 [rows, blocks] | float32 [rows] | null
     bool half_scales;
-    const float* codebook;  // [16], only for kFourBit
+    const int8_t* levels;  // [16] the codebook in whole steps, only for kFourBit
+    float step;            // what one step stands for, 1 unless kFourBit
+};
+
+// Activations of some tokens, made ready once for every weight of one kind that they meet.
+//
+// For kFourBit and kInt8 (mixlocal/kernels/integer.py is the specification): per block of 64 columns whole numbers from
+// -127 to 127, their scale times the weight's step, and their sum times the bias that the instruction set adds to weights.
+// For kBf16 and kFloat: the numbers themselves. Every row is padded with zeros to whole runs of the kernels.
+struct Activations {
+    int64_t tokens;
+    int8_t* codes;    // [tokens, code_stride]
+    float* scales;    // [tokens, block_stride], in the kernels' own order
+    int32_t* biases;  // [tokens, block_stride], the same
+    float* plain;     // [tokens, plain_stride]
+    int64_t code_stride, block_stride, plain_stride;
+};
+
+// Up to tile_rows rows of an integer weight, unpacked for many tokens.
+struct Tile {
+    uint8_t* codes;  // [blocks][16][tile_rows][4]
+    float* scales;   // [blocks][tile_rows]
+};
+
+// Queries of one key/value head over one chunk of its cache.
+struct AttendChunk {
+    const float* queries;    // [count, head_dim], times 1 / sqrt(head_dim)
+    const void* keys;        // [panels][head_dim][kPanel], float16 or float32
+    const void* values;      // [positions][value_stride], the same
+    const int64_t* first;    // [count] the first key of the chunk that each query sees, and
+    const int64_t* last;     // [count] the one behind its last; first == last: it sees none
+    int64_t count, head_dim, value_stride;
+    bool half;
+    float* scores;           // scratch [count, score_stride]
+    int64_t score_stride;    // a multiple of kPanel, at least the largest `last`
+    float* tops;             // out [count]: the largest score
+    float* totals;           // out [count]: sum of exp(score - top)
+    float* mixed;            // out [count, value_stride]: sum of exp(score - top) * value
 };
 
 // One row to quantize, and what came of it.
@@ -38,35 +75,48 @@ struct QuantizeRow {
     bool finite;             // out: false where a NaN or an infinity stopped the row
 };
 
-// Activations come in the order in which a kind's codes are cheapest to unpack, padded with zeros to a whole number of
-// groups (`linear.cpp` packs them). For 4 bits a group is 8 * lanes numbers: vector k, lane l holds number 8 * l + (k ^ 1),
-// which is nibble k of 32-bit word l. For other kinds a group is one vector, in natural order.
 struct KernelTable {
     const char* name;
-    int lanes;         // floats in a vector, 8 or 16
-    int tile_rows;     // `tile` computes tile_rows x (up to tile_vectors * lanes) outputs
-    int tile_vectors;
-    int dot_limit;     // most tokens for which `dot`, kMaxDotTokens at a time, is faster than `unpack` and `tile`
+    int run_columns;   // activations are padded to a multiple of it
+    int tile_rows;     // rows of a Tile
+    int tile_limit;    // from this many tokens on, `unpack` and `tile` are faster than `dot`
 
-    // out[t * out_stride + r] = weight[r] . x[t] for rows [first, last), t < tokens <= kMaxDotTokens; x: packed [tokens, stride].
-    void (*dot)(const Matrix& weight, int64_t first, int64_t last, const float* x, int64_t x_stride, int tokens, float* out,
-                int64_t out_stride);
+    // Blocks [block, block + blocks) of one token's row of Activations, from the `columns` numbers at x that begin there;
+    // zeros past their end. A NaN or an infinity turns the scale of its block into NaN.
+    void (*quantize_activations)(const float* x, int64_t columns, int64_t block, int64_t blocks, Kind kind, float step,
+                                 int8_t* codes, float* scales, int32_t* biases);
 
-    // Numbers [begin, begin + count) of a row in packed order, as float32; zeros past its end. Both are multiples of a group.
-    void (*unpack)(const Matrix& weight, int64_t row, int64_t begin, int64_t count, float* to);
+    // out[t * out_stride + r - first] = weight[r] . x[t] for rows [first, last) and all tokens, any kind.
+    void (*dot)(const Matrix& weight, int64_t first, int64_t last, const Activations& x, float* out, int64_t out_stride);
 
-    // sums[r, t] (+)= sum over k < depth of weights[r, k] * x[t / lanes][k][t % lanes]; `fresh` starts from zero.
-    void (*tile)(const float* weights, int64_t weights_stride, const float* x, int64_t x_stride, int64_t depth, float* sums,
-                 int64_t sums_stride, int vectors, bool fresh);
+    // Rows [row, row + tile_rows) and blocks [block, block + blocks) of an integer weight; `block` is a multiple of 8 and `blocks` of 2.
+    void (*unpack)(const Matrix& weight, int64_t row, int64_t block, int64_t blocks, const Tile& to);
+
+    // Adds to sums[t][b % 8][r] what block b of `unpack` gives for every token and row. Eight sums add up to an output as
+    // ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)), which times the row's scale is the output.
+    void (*tile)(const Tile& weight, Kind kind, const Activations& x, int64_t block, int64_t blocks, float* sums);
+
+    void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);  // out may be x
+    void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);                // silu(gate) * up
+    void (*store_key_value)(const float* key, const float* value, int64_t head_dim, int64_t value_stride, int64_t position,
+                            bool half, void* keys, void* values);
+    void (*attend)(const AttendChunk& chunk);
+    // Joins what a query saw in one chunk to what it saw before: all of its sums are scaled to the larger of the two tops.
+    void (*join)(const float* mixed, float top, float total, int64_t count, float* all_mixed, float* all_top, float* all_total);
 
     void (*quantize_four_bit)(QuantizeRow& row);
     void (*quantize_int8)(QuantizeRow& row);
+    float (*read)(const void* data, int64_t bytes);  // every byte, for measuring memory; a multiple of 256
 };
 
 extern const KernelTable kScalarKernels;
 #ifdef MIXLOCAL_X86
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512VnniKernels;
+#endif
+#ifdef MIXLOCAL_NEON
+extern const KernelTable kNeonKernels;
 #endif
 
 }  // namespace mixlocal

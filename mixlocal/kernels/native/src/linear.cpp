@@ -1,136 +1,172 @@
-#include "operations.h"
-#include "pool.h"
-
 #include <string.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "operations.h"
+#include "pool.h"
 
 namespace mixlocal {
 namespace {
 
-constexpr int64_t kDotRows = 32;       // rows of one work item with few tokens
-constexpr int64_t kTileItemRows = 24;  // rows of one work item with many tokens: a multiple of every tile_rows
-constexpr int64_t kDepth = 256;        // columns unpacked at a time: 24 KiB, about half of a first-level cache
-constexpr int64_t kOffPowerOfTwo = 16;  // floats added to strides, so that rows do not share cache sets
-constexpr int64_t kDepthStride = kDepth + kOffPowerOfTwo;
-constexpr int64_t kTokens = 512;       // tokens whose sums one work item holds
-constexpr int64_t kTokensStride = kTokens + kOffPowerOfTwo;
+constexpr int64_t kTileBlocks = 16;         // blocks unpacked at a time: with 32 rows 32 KiB
+constexpr int64_t kFloatTokens = 24;        // tokens of one pass over bfloat16 rows: at 4096 columns 384 KiB
+constexpr int64_t kItemBytes = 64 << 10;    // weights of one work item, about
+constexpr int64_t kLeastItems = 16;         // work items worth making smaller ones for
+constexpr int64_t kManyTokens = 4;          // tokens worth dividing among threads
 
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer allocate(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) / 64 + 1) * 64;
-    void* const memory = std::aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
-    return Buffer(static_cast<float*>(memory));
-}
+bool is_integer(Kind kind) { return kind == kFourBit || kind == kInt8; }
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-int64_t padded_columns(const KernelTable& kernels, const Matrix& weight) {
-    return round_up(weight.columns, weight.kind == kFourBit ? 8 * kernels.lanes : kernels.lanes);
-}
+float row_scale(const Matrix& m, int64_t row) { return m.kind == kInt8 ? static_cast<const float*>(m.scales)[row] : 1.0f; }
 
-// visit(position, column) for the packed positions [begin, end), whole groups (see KernelTable for the order).
-template <class Visit>
-void for_each_position(const KernelTable& kernels, const Matrix& weight, int64_t begin, int64_t end, const Visit& visit) {
-    const int64_t lanes = kernels.lanes;
-    if (weight.kind != kFourBit) {
-        for (int64_t p = begin; p < end; ++p) visit(p, p);
-        return;
-    }
-    for (int64_t group = begin; group < end; group += 8 * lanes)
-        for (int64_t k = 0; k < 8; ++k)
-            for (int64_t l = 0; l < lanes; ++l) visit(group + k * lanes + l, group + 8 * l + (k ^ 1));
-}
-
-// x [tokens, columns] -> [tokens, stride] in packed order.
-void pack_rows(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, int64_t stride, float* to) {
-    for (int64_t t = 0; t < tokens; ++t, x += weight.columns, to += stride)
-        for_each_position(kernels, weight, 0, padded_columns(kernels, weight),
-                          [&](int64_t p, int64_t column) { to[p] = column < weight.columns ? x[column] : 0.0f; });
-}
-
-// x [tokens, columns] -> [tokens / lanes, padded, lanes] in packed order, zeros for tokens past the end.
-void pack_panels(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, int64_t padded, float* to) {
-    const int64_t lanes = kernels.lanes, pieces = (padded + kDepth - 1) / kDepth;
-    for_each_item((tokens + lanes - 1) / lanes * pieces, [&](int64_t item) {
-        const int64_t first = item / pieces * lanes, begin = item % pieces * kDepth, end = std::min(begin + kDepth, padded);
-        const int64_t present = std::min(lanes, tokens - first);
-        for_each_position(kernels, weight, begin, end, [&](int64_t p, int64_t column) {
-            float* const panel = to + first * padded + p * lanes;
-            const int64_t count = column < weight.columns ? present : 0;
-            for (int64_t l = 0; l < count; ++l) panel[l] = x[(first + l) * weight.columns + column];
-            for (int64_t l = count; l < lanes; ++l) panel[l] = 0.0f;
-        });
-    });
-}
-
-void linear_few(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    const int64_t stride = padded_columns(kernels, weight) + kOffPowerOfTwo;
-    const Buffer packed = allocate(tokens * stride);
-    pack_rows(kernels, weight, x, tokens, stride, packed.get());
-    for_each_item((weight.rows + kDotRows - 1) / kDotRows, [&](int64_t item) {
-        const int64_t first = item * kDotRows, last = std::min(first + kDotRows, weight.rows);
-        for (int64_t t = 0; t < tokens; t += kMaxDotTokens) {
-            const int count = static_cast<int>(std::min<int64_t>(kMaxDotTokens, tokens - t));
-            kernels.dot(weight, first, last, packed.get() + t * stride, stride, count, out + t * weight.rows, weight.rows);
-        }
-    });
-}
-
-struct Panels {
-    const float* x;  // [tokens / lanes, padded, lanes]
-    int64_t padded;
-};
-
-// sums [rows, tokens of the chunk] for the rows from `first`, over all columns.
-void multiply_rows(const KernelTable& kernels, const Matrix& weight, int64_t first, int64_t rows, Panels panels, int64_t tokens,
-                   float* sums) {
-    alignas(64) float weights[kTileItemRows * kDepthStride];
-    if (rows < kTileItemRows) memset(weights, 0, sizeof weights);
-    const int64_t vectors = (tokens + kernels.lanes - 1) / kernels.lanes;
-    for (int64_t begin = 0; begin < panels.padded; begin += kDepth) {
-        const int64_t depth = std::min(kDepth, panels.padded - begin);
-        for (int64_t r = 0; r < rows; ++r) kernels.unpack(weight, first + r, begin, depth, weights + r * kDepthStride);
-        for (int64_t v = 0; v < vectors; v += kernels.tile_vectors) {
-            const float* const x = panels.x + (v * panels.padded + begin) * kernels.lanes;
-            const int count = static_cast<int>(std::min<int64_t>(kernels.tile_vectors, vectors - v));
-            for (int64_t r = 0; r < rows; r += kernels.tile_rows)
-                kernels.tile(weights + r * kDepthStride, kDepthStride, x, panels.padded * kernels.lanes, depth,
-                             sums + r * kTokensStride + v * kernels.lanes, kTokensStride, count, begin == 0);
-        }
+// out[r] for the rows of a tile: their eight running sums added up, times the rows' scales.
+void finish_token(const Matrix& weight, const float* sums, int64_t tile_rows, int64_t row, int64_t count, float* out) {
+    for (int64_t r = 0; r < count; ++r) {
+        const float* const s = sums + r;
+        const float low = (s[0] + s[tile_rows]) + (s[4 * tile_rows] + s[5 * tile_rows]);
+        const float high = (s[2 * tile_rows] + s[3 * tile_rows]) + (s[6 * tile_rows] + s[7 * tile_rows]);
+        out[r] = (low + high) * row_scale(weight, row + r);
     }
 }
 
-void linear_many(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    const int64_t padded = padded_columns(kernels, weight);
-    const Buffer packed = allocate(round_up(tokens, kernels.lanes) * padded);
-    pack_panels(kernels, weight, x, tokens, padded, packed.get());
-    for_each_item((weight.rows + kTileItemRows - 1) / kTileItemRows, [&](int64_t item) {
-        alignas(64) float sums[kTileItemRows * kTokensStride];
-        const int64_t first = item * kTileItemRows, rows = std::min(kTileItemRows, weight.rows - first);
-        for (int64_t begin = 0; begin < tokens; begin += kTokens) {
-            const int64_t count = std::min(kTokens, tokens - begin);
-            multiply_rows(kernels, weight, first, rows, {packed.get() + begin * padded, padded}, count, sums);
-            for (int64_t t = 0; t < count; ++t)
-                for (int64_t r = 0; r < rows; ++r) out[(begin + t) * weight.rows + first + r] = sums[r * kTokensStride + t];
+void multiply_tiles(const KernelTable& kernels, const Matrix& weight, const Activations& x, int64_t first, int64_t last, float* out,
+                    int64_t stride) {
+    Arena::Scope scope(Arena::of_this_thread());
+    const int64_t rows = kernels.tile_rows, blocks = round_up(weight.columns, 2 * kBlock) / kBlock, sums_size = x.tokens * 8 * rows;
+    const Tile tile = {scope.take<uint8_t>(kTileBlocks * kBlock * rows), scope.take<float>(kTileBlocks * rows)};
+    float* const sums = scope.take<float>(sums_size);
+    for (int64_t row = first; row < last; row += rows) {
+        std::fill_n(sums, sums_size, 0.0f);
+        for (int64_t block = 0; block < blocks; block += kTileBlocks) {
+            const int64_t count = std::min(kTileBlocks, blocks - block);
+            kernels.unpack(weight, row, block, count, tile);
+            kernels.tile(tile, weight.kind, x, block, count, sums);
         }
-    });
+        const int64_t present = std::min(rows, last - row);
+        for (int64_t t = 0; t < x.tokens; ++t)
+            finish_token(weight, sums + t * 8 * rows, rows, row, present, out + t * stride + row - first);
+    }
+}
+
+void multiply_floats(const KernelTable& kernels, const Matrix& weight, const Activations& x, int64_t first, int64_t last, float* out,
+                     int64_t stride) {
+    for (int64_t t = 0; t < x.tokens; t += kFloatTokens) {
+        Activations some = x;
+        some.tokens = std::min(kFloatTokens, x.tokens - t);
+        some.plain = x.plain + t * x.plain_stride;
+        kernels.dot(weight, first, last, some, out + t * stride, stride);
+    }
+}
+
+void fill_token(const KernelTable& kernels, const Matrix& weight, const Numbers& x, const Norm* norm, const Activations& to, int64_t t) {
+    Arena::Scope scope(Arena::of_this_thread());
+    const float* numbers = x.first + t * x.stride;
+    float* const plain = is_integer(weight.kind) ? nullptr : to.plain + t * to.plain_stride;
+    if (norm) {
+        float* const normed = plain ? plain : scope.take<float>(x.columns);
+        kernels.rms_norm(numbers, norm->weight, x.columns, norm->eps, normed);
+        numbers = normed;
+    } else if (plain) {
+        memcpy(plain, numbers, static_cast<size_t>(x.columns) * sizeof(float));
+    }
+    if (plain) std::fill(plain + x.columns, plain + to.plain_stride, 0.0f);
+    else kernels.quantize_activations(numbers, x.columns, 0, to.block_stride, weight.kind, weight.step, to.codes + t * to.code_stride,
+                                      to.scales + t * to.block_stride, to.biases + t * to.block_stride);
+}
+
+// Rows of one work item: about kItemBytes of weights, but fewer where there would be too few items.
+int64_t item_rows(const KernelTable& kernels, const Activations& x, const Product* products, int count) {
+    int64_t rows = 0;
+    for (int i = 0; i < count; ++i) rows += products[i].weight->rows;
+    const Matrix& m = *products[0].weight;
+    const int64_t bits = m.kind == kFourBit ? 4 : m.kind == kInt8 ? 8 : m.kind == kBf16 ? 16 : 32;
+    const int64_t fitting = std::min(kItemBytes * 8 / std::max<int64_t>(1, m.columns * bits), rows / kLeastItems);
+    const int64_t step = x.tokens >= kernels.tile_limit ? kernels.tile_rows : 8;
+    return std::max(step, fitting / step * step);
 }
 
 }  // namespace
 
-void linear(const KernelTable& kernels, const Matrix& weight, const float* x, int64_t tokens, float* out) {
-    if (weight.columns == 0) std::fill_n(out, tokens * weight.rows, 0.0f);
-    else if (tokens <= kernels.dot_limit) linear_few(kernels, weight, x, tokens, out);
-    else linear_many(kernels, weight, x, tokens, out);
+Activations room_for(const KernelTable& kernels, const Matrix& weight, int64_t tokens, Arena::Scope& scope) {
+    Activations to = {};
+    const int64_t padded = round_up(weight.columns, kernels.run_columns);
+    to.tokens = tokens;
+    if (is_integer(weight.kind)) {
+        to.code_stride = padded;
+        to.block_stride = padded / kBlock;
+        to.codes = scope.take<int8_t>(tokens * padded);
+        to.scales = scope.take<float>(tokens * to.block_stride);
+        to.biases = scope.take<int32_t>(tokens * to.block_stride);
+    } else {
+        to.plain_stride = padded + 16;  // off a power of two, so that tokens do not share cache sets
+        to.plain = scope.take<float>(tokens * to.plain_stride);
+    }
+    return to;
+}
+
+Activations make_ready(const KernelTable& kernels, const Matrix& weight, const Numbers& x, const Norm* norm, Arena::Scope& scope) {
+    const Activations to = room_for(kernels, weight, x.count, scope);
+    if (x.count < kManyTokens) {
+        for (int64_t t = 0; t < x.count; ++t) fill_token(kernels, weight, x, norm, to, t);
+    } else {
+        for_each_item(x.count, [&](int64_t t) { fill_token(kernels, weight, x, norm, to, t); });
+    }
+    return to;
+}
+
+void multiply_rows(const KernelTable& kernels, const Matrix& weight, const Activations& x, int64_t first, int64_t last, float* out,
+                   int64_t stride) {
+    if (!is_integer(weight.kind)) multiply_floats(kernels, weight, x, first, last, out, stride);
+    else if (x.tokens < kernels.tile_limit) kernels.dot(weight, first, last, x, out, stride);
+    else multiply_tiles(kernels, weight, x, first, last, out, stride);
+}
+
+void multiply(const KernelTable& kernels, const Activations& x, const Product* products, int count) {
+    const int64_t step = item_rows(kernels, x, products, count);
+    int64_t items = 0;
+    for (int i = 0; i < count; ++i) items += (products[i].weight->rows + step - 1) / step;
+    for_each_item(items, [&](int64_t item) {
+        int which = 0;
+        for (;; ++which) {
+            const int64_t own = (products[which].weight->rows + step - 1) / step;
+            if (item < own) break;
+            item -= own;
+        }
+        const Product& product = products[which];
+        const int64_t rows = product.weight->rows, first = item * step, last = std::min(first + step, rows), width = last - first;
+        if (!product.add) {
+            multiply_rows(kernels, *product.weight, x, first, last, product.out + first, rows);
+            return;
+        }
+        Arena::Scope scope(Arena::of_this_thread());
+        float* const added = scope.take<float>(x.tokens * width);
+        multiply_rows(kernels, *product.weight, x, first, last, added, width);
+        for (int64_t t = 0; t < x.tokens; ++t)
+            for (int64_t r = 0; r < width; ++r) product.out[t * rows + first + r] += added[t * width + r];
+    });
+}
+
+void linear(const KernelTable& kernels, const Matrix& weight, const Norm* norm, const float* x, int64_t tokens, float* out) {
+    if (weight.columns == 0) {
+        std::fill_n(out, tokens * weight.rows, 0.0f);
+        return;
+    }
+    Arena::Scope scope(Arena::of_this_thread());
+    const Activations ready = make_ready(kernels, weight, {x, tokens, weight.columns, weight.columns}, norm, scope);
+    const Product product = {&weight, out, false};
+    multiply(kernels, ready, &product, 1);
+}
+
+float read_memory(const KernelTable& kernels, const void* data, int64_t bytes) {
+    constexpr int64_t kPiece = 1 << 18;
+    Arena::Scope scope(Arena::of_this_thread());
+    const int64_t pieces = bytes / kPiece;
+    float* const sums = scope.take<float>(pieces);
+    for_each_item(pieces, [&](int64_t piece) { sums[piece] = kernels.read(static_cast<const char*>(data) + piece * kPiece, kPiece); });
+    float sum = 0.0f;
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += sums[piece];
+    return sum;
 }
 
 }  // namespace mixlocal

@@ -3,8 +3,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -53,6 +55,7 @@ public:
         publish(items, body, context);
         work();
         wait_until_done(items);
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     int threads() const { return threads_.load(std::memory_order_relaxed); }
@@ -85,7 +88,12 @@ private:
             const void* const context = context_.load(std::memory_order_relaxed);
             const int64_t items = items_.load(std::memory_order_relaxed);
             if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
-            body(context, items - left);
+            try {
+                body(context, items - left);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(sleep_);
+                failure_ = std::current_exception();
+            }
             if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items) {
                 const std::lock_guard<std::mutex> lock(sleep_);
                 finished_.notify_all();
@@ -122,6 +130,7 @@ private:
     std::atomic<int64_t> items_{0}, done_{0};
     std::mutex turn_, sleep_;
     std::condition_variable wake_, finished_;
+    std::exception_ptr failure_;  // guarded by sleep_ while items run
     int workers_ = 0;
 };
 

@@ -7,7 +7,7 @@ namespace mixlocal {
 
 // Runs body(context, item) for every item in [0, items), on the calling thread and the pool's; returns when all are done.
 // Items are handed out one at a time, so a thread that the system takes away delays at most the item it holds. Calls from
-// several threads take turns. `body` must not throw.
+// several threads take turns. What `body` throws is thrown to the caller, when all other items are done.
 void run_items(int64_t items, void (*body)(const void* context, int64_t item), const void* context);
 
 template <class Body>
