@@ -81,20 +81,22 @@ def _matrix_cases(kind: Kind, shape: Shape, quick: bool) -> Iterator[list[Kernel
     for n_tokens in QUICK_TOKENS if quick else TOKENS:
         slow = quick and n_tokens > BATCH and shape != SMALL_SHAPE
         isas = measured_isas()[:1] if slow else measured_isas()
-        yield [_linear(CpuKernels(isa), kind, copies, n_tokens) for isa in isas]
+        weights = cycle(copies)  # one for all, so that none finds in a cache what another has just read
+        yield [_linear(CpuKernels(isa), kind, weights, copies[0], n_tokens) for isa in isas]
 
 
 def _reference_cases(quick: bool) -> Iterator[list[KernelCase]]:
     for kind in KINDS[:1] if quick else KINDS:
-        yield [_linear(ReferenceKernels(), kind, weight_copies(QuantSpec(kind), SMALL_SHAPE), 1)]
+        copies = weight_copies(QuantSpec(kind), SMALL_SHAPE)
+        yield [_linear(ReferenceKernels(), kind, cycle(copies), copies[0], 1)]
 
 
-def _linear(kernels: Kernels, kind: Kind, copies: list[Weight], n_tokens: int) -> KernelCase:
-    rows, columns = copies[0].shape
-    x, weights = torch.randn(n_tokens, columns), cycle(copies)
+def _linear(kernels: Kernels, kind: Kind, weights: Iterator[Weight], first: Weight, n_tokens: int) -> KernelCase:
+    rows, columns = first.shape
+    x = torch.randn(n_tokens, columns)
     return KernelCase(
         "linear", kernels.name, kind, (rows, columns), n_tokens,
-        n_bytes=copies[0].nbytes, n_flop=2 * rows * columns * n_tokens, run=lambda: kernels.linear(x, next(weights)),
+        n_bytes=first.nbytes, n_flop=2 * rows * columns * n_tokens, run=lambda: kernels.linear(x, next(weights)),
     )  # fmt: skip
 
 
@@ -102,13 +104,15 @@ def _moe_cases() -> Iterator[list[KernelCase]]:
     """One token through one layer, each time through other experts."""
     layout = ExpertLayout(MOE_DIM, MOE_HIDDEN, QuantSpec("nf4"))
     experts = [random_expert(layout) for _ in range(MOE_EXPERTS)]
-    yield [_moe(CpuKernels(isa), layout, experts) for isa in measured_isas()]
+    choices = cycle(torch.arange(len(experts)).view(-1, 1, MOE_TOP_K))
+    yield [_moe(CpuKernels(isa), layout, experts, choices) for isa in measured_isas()]
 
 
-def _moe(kernels: Kernels, layout: ExpertLayout, experts: list[ExpertWeights]) -> KernelCase:
+def _moe(
+    kernels: Kernels, layout: ExpertLayout, experts: list[ExpertWeights], choices: Iterator[torch.Tensor]
+) -> KernelCase:
     prepared = {index: kernels.bind_expert(expert) for index, expert in enumerate(experts)}
     x, weights = torch.randn(1, layout.dim), torch.full((1, MOE_TOP_K), 1 / MOE_TOP_K)
-    choices = cycle(torch.arange(len(experts)).view(-1, 1, MOE_TOP_K))
     return KernelCase(
         "moe", kernels.name, layout.spec.kind, (layout.hidden, layout.dim), 1,
         n_bytes=MOE_TOP_K * sum(part.nbytes for part in layout.parts),

@@ -13,6 +13,7 @@ import torch
 
 from mixlocal import __version__
 from mixlocal.app.hardware import existing_parent, probe
+from mixlocal.app.model_run import NO_KERNELS_COST
 from mixlocal.kernels.isa import MISSING, native_isa
 from mixlocal.store.paths import Home
 
@@ -41,7 +42,7 @@ def checkup(folders: Home) -> list[Finding]:
         Finding("good", "libraries", libraries),
         _kernels(),
         _gpu(),
-        Finding("good", "processor", f"{hardware.cores} cores this process may use"),
+        Finding("good", "processor", f"{hardware.cores} physical cores this process may use"),
         Finding("good", "memory", f"{hardware.ram_free / 1e9:.1f} GB free of {hardware.ram_total / 1e9:.1f} GB"),
         _disk(folders, hardware.disk_free),
     ]
@@ -51,8 +52,7 @@ def _kernels() -> Finding:
     isa = native_isa()
     if isa:
         return Finding("good", "kernels", f"compiled, {isa}")
-    return Finding("lack", "kernels", f"not compiled: {MISSING}",
-                   "PyTorch computes instead, 3 times slower at 8 bits, 20 at 4: install a compiler")  # fmt: skip
+    return Finding("lack", "kernels", f"not compiled: {MISSING}", NO_KERNELS_COST)
 
 
 def _gpu() -> Finding:

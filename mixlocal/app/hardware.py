@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 62
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Bytes and counts; cgroup limits and CPU affinity are respected."""
+    """Bytes and counts; cgroup limits and CPU affinity are respected. cores: physical ones, at least 1."""
 
     cores: int
     ram_total: int
@@ -28,11 +31,45 @@ def probe(folder: Path) -> Hardware:
     limit, used = _cgroup_memory()
     total = min(memory.total, limit)
     return Hardware(
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=max(1, min(physical_cores(TOPOLOGY), _cgroup_cores())),
         ram_total=total,
         ram_free=max(0, min(memory.available, limit - used)),
         disk_free=shutil.disk_usage(existing_parent(folder)).free,
     )
+
+
+def physical_cores(topology: str) -> int:
+    """Cores behind the processors this process may run on: two that share a core do the work of one.
+
+    `topology` names the file that lists a processor's siblings; where it is not there each processor is a core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return len({_siblings(topology, processor) for processor in os.sched_getaffinity(0)})
+
+
+def _siblings(topology: str, processor: int) -> str:
+    try:
+        return Path(topology.format(processor)).read_text().strip()
+    except OSError:
+        return str(processor)
+
+
+def _cgroup_cores() -> int:
+    """Whole processors' worth of time that this cgroup may use, rounded up; without a limit, beyond any machine."""
+    for folder in _cgroup_folders():
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            return math.ceil(int(quota) / int(period))
+    try:
+        v1 = CGROUP / "cpu"
+        quota, period = (v1 / "cpu.cfs_quota_us").read_text(), (v1 / "cpu.cfs_period_us").read_text()
+    except OSError:
+        return UNLIMITED
+    return math.ceil(int(quota) / int(period)) if int(quota) > 0 else UNLIMITED
 
 
 def existing_parent(folder: Path) -> Path:
@@ -50,15 +87,19 @@ def _cgroup_memory() -> tuple[int, int]:
         if limit != "max":
             reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
             return int(limit), max(0, int(used) - reclaimable)
-    return 1 << 62, 0
+    return UNLIMITED, 0
 
 
-def _cgroup_files() -> list[tuple[Path, Path]]:
+def _cgroup_folders() -> list[Path]:
+    """This process's own cgroup (version 2) and the root."""
     try:
         own = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    folders = [CGROUP / line.split(":", 2)[2].lstrip("/") for line in own if line.startswith("0::")]
-    files = [(folder / "memory.max", folder / "memory.current") for folder in [*folders, CGROUP]]
+    return [*(CGROUP / line.split(":", 2)[2].lstrip("/") for line in own if line.startswith("0::")), CGROUP]
+
+
+def _cgroup_files() -> list[tuple[Path, Path]]:
+    files = [(folder / "memory.max", folder / "memory.current") for folder in _cgroup_folders()]
     v1 = CGROUP / "memory"
     return [*files, (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes")]

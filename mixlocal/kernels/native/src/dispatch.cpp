@@ -1,13 +1,25 @@
 #include "dispatch.h"
 
 #include <stdexcept>
-#ifdef MIXLOCAL_NEON
+#if defined(MIXLOCAL_NEON) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace mixlocal {
 namespace {
+
+#ifdef MIXLOCAL_NEON
+bool has_dot_product() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    return true;  // every Mac with an ARM processor has it
+#else
+    return false;  // no way to ask
+#endif
+}
+#endif
 
 std::vector<const KernelTable*> probe() {
     std::vector<const KernelTable*> found;
@@ -22,7 +34,7 @@ std::vector<const KernelTable*> probe() {
     if (avx2) found.push_back(&kAvx2Kernels);
 #endif
 #ifdef MIXLOCAL_NEON
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&kNeonKernels);
+    if (has_dot_product()) found.push_back(&kNeonKernels);
 #endif
     found.push_back(&kScalarKernels);
     return found;
