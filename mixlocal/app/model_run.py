@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +54,7 @@ class ModelRun:
 
     def load(self) -> Transformer:
         """Trunk and experts, checked as they are read."""
-        model = load_model(self.store, self.config, self.options.experts_per_token)
-        gc.collect()
-        gc.freeze()  # libraries and weights stay: walking them at every collection took 3 % of decoding
-        return model
+        return load_model(self.store, self.config, self.options.experts_per_token)
 
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from mixlocal.cli.bench_columns import kernel_columns, model_columns
-from mixlocal.cli.options import Command, Globals, json_option, kv_dtype_option, pass_globals
+from mixlocal.cli.options import Command, Globals, json_option, kv_dtype_option, pass_globals, settle
 from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say
 from mixlocal.cli.report import Report, Row, report
 from mixlocal.errors import UsageError
@@ -112,6 +112,7 @@ def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, An
         given["kv_dtype"] or DEFAULT_KV_DTYPE,
     )
     target = open_bench(given["model"], request, options.folders())
+    settle()
     columns = model_columns(describe_model(target), request)
     _print_rows(options, run_bench(target, request), report(output, columns))
 

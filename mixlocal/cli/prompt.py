@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mixlocal.cli.options import Globals, json_option, kv_dtype_option, pass_globals, sampling_options, sampling_params
+from mixlocal.cli.options import (
+    Globals,
+    json_option,
+    kv_dtype_option,
+    pass_globals,
+    sampling_options,
+    sampling_params,
+    settle,
+)
 from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
 from mixlocal.errors import NotFoundError, UsageError
 
@@ -84,6 +92,7 @@ class _Request:
             kv_dtype=self.given["kv_dtype"] or DEFAULT_KV_DTYPE,
             folders=folders,
         )
+        settle()
         for warning in session.warnings:
             warn(self.options, warning)
         return session

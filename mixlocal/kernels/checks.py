@@ -54,6 +54,8 @@ def check_quantized(weight: QuantTensor) -> None:
 
 def check_expert(weights: ExpertWeights) -> None:
     """w1, w3 [H, D] and w2 [D, H], all three in one format."""
+    for weight in (weights.w1, weights.w3, weights.w2):
+        check_weight(weight)
     hidden, dim = weights.w1.shape
     if tuple(weights.w3.shape) != (hidden, dim) or tuple(weights.w2.shape) != (dim, hidden):
         shapes = [list(w.shape) for w in (weights.w1, weights.w3, weights.w2)]
@@ -84,6 +86,7 @@ def check_head(norm: torch.Tensor, weight: Weight) -> None:
 
 def check_router(weights: RouterWeights) -> None:
     """norm float32 [D], gate float32 [E, D], 1 <= top_k <= E."""
+    check_weight(weights.gate)
     experts, dim = weights.gate.shape
     if weights.norm.shape != (dim,) or weights.norm.dtype != torch.float32 or weights.gate.dtype != torch.float32:
         raise RefusedError(f"a router's norm [D] and gate [E, D] are float32, not {weights.norm.dtype} "

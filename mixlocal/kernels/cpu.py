@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mixlocal.errors import RefusedError
 from mixlocal.kernels import (
     Attention,
     AttentionShape,
@@ -84,15 +85,14 @@ class CpuKernels:
         x, expert_ids, weights = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
         out = torch.zeros_like(x)
         tokens, top_k = expert_ids.shape
-        missing = self._native.moe_ffn(
+        wrong = self._native.moe_ffn(
             x.data_ptr(), x.shape[1], tokens, expert_ids.data_ptr(), weights.data_ptr(), top_k, experts, out.data_ptr()
         )
-        if missing != NONE_MISSING:
-            raise missing_experts([missing])
+        if wrong is not None:
+            if wrong not in experts:
+                raise missing_experts([wrong])
+            raise RefusedError(f"expert {wrong} has not the width and format of x and of the other experts")
         return out
-
-
-NONE_MISSING = -1
 
 
 class CpuAttention:

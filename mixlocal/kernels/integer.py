@@ -86,7 +86,7 @@ def integer_error(x: torch.Tensor, weight: QuantTensor, exact: torch.Tensor) -> 
     """Bound [T, R] on how far `integer_linear` is from x @ exact.T, where `exact` [R, C] is what `weight` stands for.
 
     Rounding moves each activation by at most half a scale of its block and each weight by at most the codebook's error
-    times its absmax; the last term is float32's own rounding.
+    times its absmax; blocks of activations below SMALLEST are lost; the rest is float32's own rounding.
     """
     whole, scales = quantize_activations(x)
     padded = pad(exact, (0, -exact.shape[1] % BLOCK_SIZE)).view(len(exact), -1, BLOCK_SIZE).abs()
@@ -94,4 +94,5 @@ def integer_error(x: torch.Tensor, weight: QuantTensor, exact: torch.Tensor) -> 
     sizes = whole.abs().sum(-1) * scales
     if weight.spec.four_bit:
         bound += integer_codebook(weight.spec.kind).error * (sizes @ weight.scales.float().T)
-    return bound + 1e-6 * torch.einsum("tb,rb->tr", sizes, padded.amax(-1)) + SMALLEST
+    bound += 1e-6 * torch.einsum("tb,rb->tr", sizes, padded.amax(-1))
+    return bound + SMALLEST * (1 + padded.sum((-1, -2)))

@@ -95,10 +95,11 @@ class Kernels:
 
     def moe_ffn(
         self, x: int, dim: int, tokens: int, ids: int, weights: int, top_k: int, experts: dict[int, object], out: int, /
-    ) -> int:
+    ) -> int | None:
         """x f32 [T, D], ids int64 [T, K], weights f32 [T, K]: out f32 [T, D] += the experts.
 
-        Returns -1, or the id of a chosen expert that is not in `experts` or not of that width; then nothing is done.
+        Returns None, or the id of a chosen expert that is not in `experts`, or not of the width and format of the others;
+        then nothing is done.
         """
 
     def read(self, data: int, nbytes: int, /) -> float:

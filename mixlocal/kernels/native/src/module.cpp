@@ -1,11 +1,13 @@
 // The Python face. Arrays come as addresses: their types, shapes and layout were checked by mixlocal/kernels/cpu.py, in
 // Python, where an interrupt that arrives meanwhile is raised as what it is. Nothing here calls back into Python.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -60,6 +62,11 @@ std::vector<Pick> picks_by_expert(const int64_t* ids, const float* weights, int6
     return picks;
 }
 
+// Whether two experts can share their activations.
+bool alike(const Expert& a, const Expert& b) {
+    return a.w1.kind == b.w1.kind && a.w1.step == b.w1.step && a.w1.rows == b.w1.rows && a.w2.kind == b.w2.kind && a.w2.step == b.w2.step;
+}
+
 class Kernels {
 public:
     explicit Kernels(const std::string& isa) : table_(kernels_named(isa)) {}
@@ -87,8 +94,8 @@ public:
         mixlocal::route(table_, router.value, at<const float>(hidden), tokens, at<float>(normed), at<int64_t>(ids), at<float>(weights));
     }
 
-    // Returns the id of an expert that is chosen and is not in `experts` or not of that width, else -1.
-    int64_t moe_ffn(uintptr_t x, int64_t dim, int64_t tokens, uintptr_t ids, uintptr_t weights, int64_t top_k, const nb::dict& experts,
+    // Returns the id of an expert that is chosen and is not in `experts`, or not of the width and format of the others.
+    std::optional<int64_t> moe_ffn(uintptr_t x, int64_t dim, int64_t tokens, uintptr_t ids, uintptr_t weights, int64_t top_k, const nb::dict& experts,
                     uintptr_t out) const {
         const std::vector<Pick> picks = picks_by_expert(at<const int64_t>(ids), at<const float>(weights), tokens, top_k);
         std::vector<int64_t> pick_tokens(picks.size());
@@ -104,12 +111,12 @@ public:
             const nb::int_ id(picks[i].expert);
             if (!experts.contains(id)) return picks[i].expert;
             const Expert& expert = nb::cast<const HeldExpert&>(experts[id]).value;
-            if (expert.w1.columns != dim) return picks[i].expert;
+            if (expert.w1.columns != dim || (!shares.empty() && !alike(expert, *shares.front().expert))) return picks[i].expert;
             shares.push_back({&expert, 1, pick_tokens.data() + i, pick_weights.data() + i});
         }
         const nb::gil_scoped_release unlocked;
         mixlocal::moe_ffn(table_, at<const float>(x), tokens, shares.data(), static_cast<int>(shares.size()), at<float>(out));
-        return -1;
+        return std::nullopt;
     }
 
     float read(uintptr_t data, int64_t bytes) const {
@@ -151,6 +158,7 @@ std::vector<std::string> available_isas() {
 
 NB_MODULE(_native, m) {
     using namespace mixlocal;
+    nb::set_leak_warnings(false);  // a model that lives until the process ends is no leak
     m.def("available_isas", &available_isas);
     m.def("threads", &threads);
     m.def("set_threads", &set_threads);

@@ -62,7 +62,9 @@ void down(const KernelTable& kernels, const Share* shares, int count, const Acti
           int64_t last, float* out) {
     Arena::Scope scope(Arena::of_this_thread());
     const int64_t width = last - first, dim = shares[0].expert->w2.rows;
-    float* const product = scope.take<float>(tokens * width);
+    int64_t most = 0;  // a token that chose an expert twice is in its share twice
+    for (int s = 0; s < count; ++s) most = std::max(most, shares[s].count);
+    float* const product = scope.take<float>(most * width);
     float* const sums = scope.take<float>(tokens * width);
     std::fill_n(sums, tokens * width, 0.0f);
     for (int s = 0; s < count; ++s) {
