@@ -281,7 +281,7 @@ install_mixlocal() { # WITH THE TEST EXTRA: yes|no; sets lacks
     missing=$("$venv/bin/python" -P -c 'from mixlocal.kernels.cpu import MISSING; print(MISSING)' 2>>"$log") ||
         fail $UNEXPECTED "mixlocal is installed and does not start; see $log"
     [ -z "$missing" ] || lacks=$(toolchain)
-    [ -z "$lacks" ] || note "no compiled kernels ($lacks): PyTorch computes instead, 50 or more times slower;" \
+    [ -z "$lacks" ] || note "no compiled kernels ($lacks): PyTorch computes instead, 5 to 50 times slower;" \
         "install a C++ compiler and Python's headers, and run install.sh again"
 }
 

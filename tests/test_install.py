@@ -208,7 +208,7 @@ def test_without_compiled_kernels_it_says_the_cost_and_tries_again_when_that_cha
     done = machine.install(FAKE_MISSING="No module named _native")
     assert done.returncode == 0
     assert "no compiled kernels" in done.stderr
-    assert "50 or more times slower" in done.stderr
+    assert "5 to 50 times slower" in done.stderr
     headers = machine.folder / "include"
     headers.mkdir()
     (headers / "Python.h").touch()

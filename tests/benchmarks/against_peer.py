@@ -3,10 +3,10 @@
     python tests/benchmarks/against_peer.py --model big-q4 --peer "peer-venv/bin/python llama_cpp_bench.py big.gguf"
         [--rounds 5] [--threads 2] [--prompt 512] [--new 64] [--busy]
 
-The peer's command takes --prompt, --new and --threads and prints a line of JSON with prompt_tps and decode_ms_mean: tokens
-per second of a prompt, and milliseconds per token of --new tokens after it. Ours is `mixlocal bench` with the same
-numbers, in a process of its own, not warmed up either. --busy: a second pass of every round with another process that
-keeps one core busy; the ratio of both passes says what a neighbour costs.
+The peer's command takes --prompt, --new and --threads and prints a line of JSON with prompt_tps and decode_ms_mean:
+tokens per second of a prompt, and milliseconds per token of --new tokens after it. Ours is `mixlocal bench` with the
+same numbers, in a process of its own, not warmed up either. --busy: a second pass of every round with another process
+that keeps one core busy; the ratio of both passes says what a neighbour costs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mixlocal.app import session
+from mixlocal.app import model_run
 from mixlocal.app.hardware import Hardware
 from mixlocal.errors import MixlocalError
 from mixlocal.store import durable, lock
@@ -66,7 +66,7 @@ def test_6_disk_full_while_writing(run, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_7_memory(run, monkeypatch: pytest.MonkeyPatch) -> None:
     little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
-    monkeypatch.setattr(session, "probe", lambda _: little)
+    monkeypatch.setattr(model_run, "probe", lambda _: little)
     check(run("prompt", "-m", "tiny", "x"), 7, "tiny needs 0.6 GB of memory")
 
 

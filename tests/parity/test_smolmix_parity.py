@@ -75,11 +75,11 @@ def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> No
     expected = theirs(ids[None]).logits[0].detach()
     model, config = open_model(reference)
     ours = model.forward(ids, KVCache(config, 64, torch.float32), all_logits=True)
-    torch.testing.assert_close(ours, expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=6e-4, rtol=0)
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
     cache = KVCache(config, 64, torch.float32)
     stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
-    torch.testing.assert_close(stepwise, expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(stepwise, expected, atol=6e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("variant", "divergence", "loss"), [("q8", 0.005, 0.01), ("q4", 0.2, 0.2)])

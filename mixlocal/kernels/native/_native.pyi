@@ -98,8 +98,8 @@ class Kernels:
     ) -> int | None:
         """x f32 [T, D], ids int64 [T, K], weights f32 [T, K]: out f32 [T, D] += the experts.
 
-        Returns None, or the id of a chosen expert that is not in `experts`, or not of the width and format of the others;
-        then nothing is done.
+        Returns None, or the id of a chosen expert that is not in `experts`, or not of the width and format of the
+        others; then nothing is done.
         """
 
     def read(self, data: int, nbytes: int, /) -> float:
