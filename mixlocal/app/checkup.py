@@ -13,8 +13,10 @@ import torch
 
 from mixlocal import __version__
 from mixlocal.app.hardware import existing_parent, probe
-from mixlocal.app.model_run import NO_KERNELS_COST
-from mixlocal.kernels.isa import MISSING, native_isa
+from mixlocal.app.measure import sample_bandwidth
+from mixlocal.app.model_run import NO_KERNELS_COST, REFERENCE_COST
+from mixlocal.errors import UsageError
+from mixlocal.kernels.isa import ISA_VARIABLE, MISSING, chosen_isa, native_isas, set_threads
 from mixlocal.store.paths import Home
 
 LIBRARIES = ("torch", "tokenizers", "sentencepiece", "safetensors")
@@ -33,6 +35,7 @@ class Finding:
 def checkup(folders: Home) -> list[Finding]:
     hardware = probe(folders.models)
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    bandwidth = _bandwidth(hardware.cores)
     return [
         Finding(
             "good",
@@ -44,15 +47,34 @@ def checkup(folders: Home) -> list[Finding]:
         _gpu(),
         Finding("good", "processor", f"{hardware.cores} physical cores this process may use"),
         Finding("good", "memory", f"{hardware.ram_free / 1e9:.1f} GB free of {hardware.ram_total / 1e9:.1f} GB"),
+        *([bandwidth] if bandwidth else []),
         _disk(folders, hardware.disk_free),
     ]
 
 
 def _kernels() -> Finding:
-    isa = native_isa()
-    if isa:
-        return Finding("good", "kernels", f"compiled, {isa}")
-    return Finding("lack", "kernels", f"not compiled: {MISSING}", NO_KERNELS_COST)
+    if MISSING:
+        return Finding("lack", "kernels", f"not compiled: {MISSING}", NO_KERNELS_COST)
+    try:
+        isa = chosen_isa()
+    except UsageError as error:
+        return Finding("bad", "kernels", error.message, error.hint)
+    if isa is None:
+        return Finding("lack", "kernels", f"{ISA_VARIABLE} asks for PyTorch", REFERENCE_COST)
+    others = ", ".join(name for name in native_isas() if name != isa)
+    return Finding("good", "kernels", f"compiled, {isa} (also here: {others})")
+
+
+def _bandwidth(cores: int) -> Finding | None:
+    """What decoding is bound by. None where there is nothing to measure it with."""
+    try:
+        if chosen_isa() is None:
+            return None
+    except UsageError:
+        return None
+    set_threads(cores)
+    rates = sample_bandwidth() + sample_bandwidth()
+    return Finding("good", "bandwidth", f"{max(rates) / 1e9:.0f} GB/s of memory read by {cores} threads")
 
 
 def _gpu() -> Finding:

@@ -22,9 +22,8 @@ from mixlocal.store.model_store import TRUNK_FILE, ModelStore
 from mixlocal.store.strict_json import read_json_object
 
 # Seen with smolmix on two cores, PyTorch against avx512vnni: 18.6 and 103 tok/s at 8 bits, 2.7 and 131 at 4.
-NO_KERNELS_COST = (
-    "PyTorch computes instead, 5 times slower at 8 bits, 50 at 4: install a C++ compiler, then run install.sh again"
-)
+REFERENCE_COST = "PyTorch computes instead, 5 times slower at 8 bits, 50 at 4"
+NO_KERNELS_COST = f"{REFERENCE_COST}: install a C++ compiler, then run install.sh again"
 PLANNED_CONTEXT = 4096  # tokens of KV cache counted before loading when no context was asked for
 
 

@@ -144,7 +144,21 @@ def test_doctor_names_what_is_here(run) -> None:
     assert run("doctor").code == 0
 
 
+def test_doctor_measures_the_memory_and_reports_a_wrong_instruction_set(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> dict[str, dict[str, str]]:
+        return {row["what"]: row for row in json.loads(run("doctor", "--json").out)}
+
+    if native_isas():
+        assert "GB/s" in rows()["bandwidth"]["found"]
+    monkeypatch.setenv("MIXLOCAL_ISA", "reference")
+    assert rows()["kernels"]["verdict"] == "lack"
+    assert "slower" in rows()["kernels"]["cost"]
+    monkeypatch.setenv("MIXLOCAL_ISA", "sse9")
+    assert rows()["kernels"]["verdict"] == "bad"
+    assert "reference" in rows()["kernels"]["cost"]
+
+
 def test_version_and_help(run) -> None:
     assert run("--version").out.startswith("mixlocal, version")
-    for command in ("pull", "quantize", "prompt", "ls", "show", "verify", "rm", "doctor"):
+    for command in ("pull", "quantize", "prompt", "ls", "show", "verify", "rm", "bench", "doctor"):
         assert run(command, "--help").code == 0
