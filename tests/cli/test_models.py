@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from mixlocal.kernels.isa import native_isas
+
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
     "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
