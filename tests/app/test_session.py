@@ -113,6 +113,15 @@ def test_other_experts_per_token_warn(store: Path) -> None:
     assert Session.open(str(store), experts_per_token=2).warnings == ()
 
 
+def test_the_lack_of_compiled_kernels_is_said(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlocal.app import model_run
+
+    monkeypatch.setattr(model_run, "MISSING", "no compiler")
+    warning = Session.open(str(store)).warnings[0]
+    assert "no compiler" in warning
+    assert "slower" in warning
+
+
 def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlocal.app import model_run as module
     from mixlocal.app.hardware import Hardware
