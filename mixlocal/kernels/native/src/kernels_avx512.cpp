@@ -84,10 +84,6 @@ INLINE Floats times_power_of_two(Floats v, Words power) {
 // ---- bytes ----
 
 INLINE Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
-INLINE Bytes load_part(const uint8_t* from, int64_t bytes) {  // zeros past `bytes`, which may be more or less than fit or none
-    const __mmask64 inside = bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0;
-    return _mm512_maskz_loadu_epi8(inside, from);
-}
 INLINE Bytes broadcast_four(const int8_t* from) {
     int32_t four;
     memcpy(&four, from, sizeof four);

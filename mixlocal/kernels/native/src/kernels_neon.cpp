@@ -116,12 +116,6 @@ INLINE Bytes load_bytes(const void* from) {
     const int8_t* const bytes = static_cast<const int8_t*>(from);
     return {vld1q_s8(bytes), vld1q_s8(bytes + 16)};
 }
-INLINE Bytes load_part(const uint8_t* from, int64_t bytes) {  // zeros past `bytes`, which may be more or less than fit or none
-    if (bytes >= 4 * kLanes) return load_bytes(from);
-    uint8_t padded[4 * kLanes] = {};
-    if (bytes > 0) memcpy(padded, from, static_cast<size_t>(bytes));
-    return load_bytes(padded);
-}
 INLINE Bytes broadcast_four(const int8_t* from) {
     int32_t four;
     memcpy(&four, from, sizeof four);

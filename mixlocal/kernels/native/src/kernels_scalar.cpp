@@ -100,12 +100,6 @@ INLINE Floats times_power_of_two(Floats v, Words power) {
 // ---- bytes ----
 
 INLINE Bytes load_bytes(const void* from) { Bytes b; memcpy(b.lane, from, sizeof b.lane); return b; }
-INLINE Bytes load_part(const uint8_t* from, int64_t bytes) {  // zeros past `bytes`, which may be more or less than fit or none
-    if (bytes >= 4 * kLanes) return load_bytes(from);
-    uint8_t padded[4 * kLanes] = {};
-    if (bytes > 0) memcpy(padded, from, static_cast<size_t>(bytes));
-    return load_bytes(padded);
-}
 INLINE Bytes broadcast_four(const int8_t* from) {
     uint32_t four;
     memcpy(&four, from, sizeof four);
