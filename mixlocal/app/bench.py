@@ -91,7 +91,10 @@ def open_bench(model: str, request: BenchRequest, folders: Home) -> BenchTarget:
     """
     store = ModelStore.open(find_store(model, folders))
     request.check_context(store_config(store).max_context)
-    run = ModelRun(store, RunOptions(context=request.context, threads=request.threads[0], kv_dtype=request.kv_dtype))
+    run = ModelRun(
+        store,
+        RunOptions(context=request.context, threads=request.threads[0], kv_dtype=request.kv_dtype, ram=request.ram),
+    )
     return BenchTarget(run, run.load())
 
 

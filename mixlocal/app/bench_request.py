@@ -41,6 +41,7 @@ class BenchRequest:
     repetitions: int
     warmup: bool = True
     kv_dtype: str = DEFAULT_KV_DTYPE
+    ram: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a count out of range, and where no test is left."""

@@ -8,9 +8,11 @@ import torch
 
 from mixlocal.app.hardware import probe
 from mixlocal.errors import RefusedError, UsageError
-from mixlocal.experts.plan import MemoryPlan, check_memory
+from mixlocal.experts.plan import MemoryPlan, ModelBytes, plan_memory
 from mixlocal.experts.resident import ResidentExperts
-from mixlocal.kernels import select
+from mixlocal.experts.runtime import ExpertRuntime
+from mixlocal.experts.tiered import TieredExperts
+from mixlocal.kernels import Kernels, select
 from mixlocal.kernels.isa import MISSING, set_threads
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
@@ -30,12 +32,14 @@ PLANNED_CONTEXT = 4096  # tokens of KV cache counted before loading when no cont
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with.
-    threads: None for every physical core this process may use. kv_dtype: a key of `KV_DTYPES`."""
+    threads: None for every physical core this process may use. kv_dtype: a key of `KV_DTYPES`. ram: bytes that the
+    whole process may use; None for all that is free."""
 
     context: int | None = None
     experts_per_token: int | None = None
     threads: int | None = None
     kv_dtype: str = DEFAULT_KV_DTYPE
+    ram: int | None = None
 
 
 class ModelRun:
@@ -51,11 +55,18 @@ class ModelRun:
         self.kv_dtype = _kv_dtype(options)
         self.warnings = _warnings(self.config, options)
         _check_shape(store, self.config)
-        check_memory(plan(store, self.config, options.context, self.kv_dtype), store.manifest.name, hardware.ram_free)
+        ram = hardware.ram_free if options.ram is None else min(options.ram, hardware.ram_free)
+        if options.ram is not None and options.ram > hardware.ram_free:
+            self.warnings += (f"--ram is {options.ram / 1e9:.1f} GB and {ram / 1e9:.1f} GB are free: using those",)
+        self.plan = plan_memory(
+            model_bytes(store, self.config, options.context, self.kv_dtype), store.manifest.name, ram
+        )
+        if not self.plan.all_resident:
+            self.warnings += (_disk_tier_note(store, self.plan),)
 
     def load(self) -> Transformer:
         """Trunk and experts, checked as they are read."""
-        return load_model(self.store, self.config, self.options.experts_per_token)
+        return load_model(self.store, self.config, self.options.experts_per_token, self.plan)
 
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""
@@ -67,27 +78,41 @@ def store_config(store: ModelStore) -> ModelConfig:
     return read_config(read_json_object(path), str(path))
 
 
-def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
-    """Trunk and experts of a store, all in memory."""
+def load_model(
+    store: ModelStore, config: ModelConfig, top_k: int | None = None, plan: MemoryPlan | None = None
+) -> Transformer:
+    """A store's trunk, and its experts as `plan` says; without one, all in memory."""
     kernels = select("cpu")
+    return Transformer(config, load_trunk(store, config), _open_experts(store, kernels, plan), kernels, top_k)
+
+
+def _open_experts(store: ModelStore, kernels: Kernels, plan: MemoryPlan | None) -> ExpertRuntime:
     file = store.experts()
+    if plan is not None and not plan.all_resident:
+        return TieredExperts(file, kernels, plan.ram_slots)
     try:
-        experts = ResidentExperts(file, kernels)
+        return ResidentExperts(file, kernels)
     finally:
         file.close()
-    return Transformer(config, load_trunk(store, config), experts, kernels, top_k)
 
 
-def plan(store: ModelStore, config: ModelConfig, context: int | None, kv_dtype: torch.dtype) -> MemoryPlan:
-    """Bytes that running `store` takes."""
+def model_bytes(store: ModelStore, config: ModelConfig, context: int | None, kv_dtype: torch.dtype) -> ModelBytes:
+    """What running `store` takes."""
     manifest = store.manifest
     tokens = context or min(config.max_context, PLANNED_CONTEXT)
-    return MemoryPlan(
-        trunk_bytes=manifest.files[TRUNK_FILE].nbytes,
-        expert_bytes=manifest.experts_bytes,
-        kv_bytes=tokens * kv_bytes_per_token(config, kv_dtype),
+    return ModelBytes(
+        trunk=manifest.files[TRUNK_FILE].nbytes,
+        kv=tokens * kv_bytes_per_token(config, kv_dtype),
         context=tokens,
+        n_records=len(manifest.records),
+        record_bytes=manifest.stride,
+        layer_records=manifest.n_experts,
     )
+
+
+def _disk_tier_note(store: ModelStore, plan: MemoryPlan) -> str:
+    total = len(store.manifest.records)
+    return f"{plan.ram_slots} of {total} experts fit in memory; the others are read from disk when they are chosen"
 
 
 def _context(config: ModelConfig, options: RunOptions) -> int:

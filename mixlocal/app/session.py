@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
@@ -26,6 +27,7 @@ from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
 from mixlocal.errors import RefusedError
+from mixlocal.experts.runtime import ExpertCounts
 from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
@@ -33,7 +35,10 @@ from mixlocal.store.paths import Home, home
 
 @dataclass(frozen=True, slots=True)
 class RunStats:
-    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak in bytes."""
+    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak in bytes.
+
+    experts: what the expert runtime did meanwhile.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -42,6 +47,7 @@ class RunStats:
     prefill_s: float
     decode_s: float
     ram_peak: int
+    experts: ExpertCounts
 
     @property
     def prompt_tps(self) -> float:
@@ -94,11 +100,12 @@ class Session:
         experts_per_token: int | None = None,
         threads: int | None = None,
         kv_dtype: str = DEFAULT_KV_DTYPE,
+        ram: int | None = None,
         folders: Home | None = None,
     ) -> Self:
         """Load an installed model by name, name:variant or folder. Raises `NotFoundError` if it is not installed."""
         store = ModelStore.open(find_store(model, folders or home()))
-        return cls(store, RunOptions(context, experts_per_token, threads, kv_dtype))
+        return cls(store, RunOptions(context, experts_per_token, threads, kv_dtype, ram))
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
@@ -132,7 +139,7 @@ class Session:
         params = params or self.defaults
         sampler = Sampler(with_seed(params))
         cache = self.run.new_cache(self.context)
-        clock = _Clock(self.load_s, len(ids))
+        clock = _Clock(self.load_s, len(ids), self.model.experts.counts)
         text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
         for event in generate(self.model, ids, cache, sampler, self.tokenizer.eos_ids):
             if isinstance(event, Prefilled):
@@ -151,7 +158,9 @@ class Session:
 
     def close(self) -> None:
         """Free the weights."""
-        vars(self).pop("model", None)
+        model = vars(self).pop("model", None)
+        if model is not None:
+            model.experts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +172,8 @@ class Session:
 class _Clock:
     """Collects the figures of one answer."""
 
-    def __init__(self, load_s: float, prompt_tokens: int) -> None:
+    def __init__(self, load_s: float, prompt_tokens: int, counts: ExpertCounts) -> None:
+        self._counts, self._before = counts, replace(counts)
         self._load_s, self._prompt_tokens = load_s, prompt_tokens
         self._start = self._prefilled = time.perf_counter()
         self._first: float | None = None
@@ -181,7 +191,7 @@ class _Clock:
         first = self._first or now
         return RunStats(
             self._prompt_tokens, self._tokens, self._load_s, first - self._start, self._prefilled - self._start,
-            now - first, ram_peak(),
+            now - first, ram_peak(), self._counts.since(self._before),
         )  # fmt: skip
 
 
@@ -208,5 +218,10 @@ def with_seed(params: SamplingParams) -> SamplingParams:
 
 def ram_peak() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    # what getrusage says on Linux may be the parent's, from before this program was started
+    return int(status.split("VmHWM:", 1)[1].split(maxsplit=1)[0]) * 1024

@@ -13,7 +13,16 @@ import click
 from click.core import ParameterSource
 
 from mixlocal.cli.bench_columns import kernel_columns, model_columns
-from mixlocal.cli.options import Command, Globals, json_option, kv_dtype_option, pass_globals, settle
+from mixlocal.cli.options import (
+    Command,
+    Globals,
+    json_option,
+    kv_dtype_option,
+    pass_globals,
+    ram_budget,
+    ram_option,
+    settle,
+)
 from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say
 from mixlocal.cli.report import Report, Row, report
 from mixlocal.errors import UsageError
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
 OF_A_MODEL = {
     "model": "-m", "n_prompts": "-p", "n_gens": "-n", "n_depths": "-d", "repetitions": "-r", "warmup": "--warmup",
     "kv_dtype": "--kv-dtype",
+    "ram": "--ram",
 }  # fmt: skip
 OF_KERNELS = {"quick": "--quick"}
 PLAIN_COUNT = re.compile(r"[0-9]{1,9}")
@@ -59,6 +69,7 @@ def _tokens(short: str, long: str, name: str, default: str, text: str) -> Callab
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Runs of every test.")
 @click.option("--warmup/--no-warmup", default=True, help="First run each test once unmeasured: a prompt, or one token.")
 @kv_dtype_option
+@ram_option
 @click.option("--kernels", is_flag=True, help="Time the kernels alone, and the memory they read: needs no model.")
 @click.option("--quick", is_flag=True, help="With --kernels: 1 and 512 tokens only, few samples.")
 @click.option(
@@ -110,6 +121,7 @@ def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, An
         given["repetitions"],
         given["warmup"],
         given["kv_dtype"] or DEFAULT_KV_DTYPE,
+        ram_budget(given["ram"]),
     )
     target = open_bench(given["model"], request, options.folders())
     settle()

@@ -59,6 +59,24 @@ def kv_dtype_option(command: Command) -> Command:
     return option(command)
 
 
+def ram_option(command: Command) -> Command:
+    """`--ram`; None when not given."""
+    option = click.option(
+        "--ram", metavar="SIZE", help="Memory the process may use: 12G, 11GiB, 80%; all that is free by default."
+    )
+    return option(command)
+
+
+def ram_budget(text: str | None) -> int | None:
+    """Bytes of `--ram`. Raises `UsageError` for what is no size."""
+    if text is None:
+        return None
+    from mixlocal.app.hardware import probe
+    from mixlocal.app.sizes import parse_size
+
+    return parse_size("--ram", text, probe(Path.cwd()).ram_total)
+
+
 def settle() -> None:
     """Take what is loaded by now out of the garbage collector's rounds, which took 3 % of decoding.
 

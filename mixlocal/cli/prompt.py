@@ -15,6 +15,8 @@ from mixlocal.cli.options import (
     json_option,
     kv_dtype_option,
     pass_globals,
+    ram_budget,
+    ram_option,
     sampling_options,
     sampling_params,
     settle,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; the model's own by default.")
 @click.option("--threads", type=int, metavar="N", help="Threads; all physical cores this process may use by default.")
 @kv_dtype_option
+@ram_option
 @click.option("--stats/--no-stats", default=True, help="Speed and seed on stderr after the answer.")
 @sampling_options
 @json_option
@@ -90,6 +93,7 @@ class _Request:
             experts_per_token=self.given["experts_per_token"],
             threads=self.given["threads"],
             kv_dtype=self.given["kv_dtype"] or DEFAULT_KV_DTYPE,
+            ram=ram_budget(self.given["ram"]),
             folders=folders,
         )
         settle()
@@ -152,7 +156,7 @@ class _Answer:
         return (
             f"prompt {stats.prompt_tokens} tok {stats.prompt_tps:.0f} t/s · gen {stats.completion_tokens} tok "
             f"{stats.gen_tps:.1f} t/s · first {stats.ttft_s:.1f} s · load {stats.load_s:.1f} s · "
-            f"RAM {stats.ram_peak / 1e9:.2f} GB · seed {self.params.seed}"
+            f"{_tiers(stats)}RAM {stats.ram_peak / 1e9:.2f} GB · seed {self.params.seed}"
         )
 
     def envelope(self, prefill: str) -> dict[str, Any]:
@@ -172,7 +176,10 @@ class _Answer:
                 "load_s": stats.load_s, "ttft_s": stats.ttft_s,
                 "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
             }  # fmt: skip
-            body["offload"] = {"ram_peak": stats.ram_peak}
+            body["offload"] = {
+                "ram_hits": stats.experts.ram_hits, "disk_hits": stats.experts.disk_reads,
+                "bytes_read": stats.experts.bytes_read, "stall_s": stats.experts.stall_s, "ram_peak": stats.ram_peak,
+            }  # fmt: skip
         return body | {"warnings": list(self.session.warnings)}
 
     def _logprob(self, choice: Choice) -> dict[str, Any]:
@@ -181,6 +188,15 @@ class _Answer:
             return {"id": token_id, "token": text.decode(errors="replace"), "bytes": list(text), "logprob": logprob}
 
         return token(choice.id, choice.logprob) | {"top": [token(*pair) for pair in choice.top]}
+
+
+def _tiers(stats: RunStats) -> str:
+    """Where experts were found, if not all in memory."""
+    counts = stats.experts
+    if not counts.disk_reads:
+        return ""
+    share = 100 * counts.ram_hits / (counts.ram_hits + counts.disk_reads)
+    return f"experts RAM {share:.0f}% disk {100 - share:.0f}%, {counts.stall_s:.1f} s waited · "
 
 
 def _install_default(options: Globals, model: str, folders: Home) -> None:

@@ -1,4 +1,4 @@
-"""Will it fit? Pure arithmetic on byte counts, asked before anything is loaded."""
+"""Will it fit, and what lies where? Pure arithmetic on byte counts, asked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,29 +6,57 @@ from dataclasses import dataclass
 
 from mixlocal.errors import MemoryBudgetError
 
-# Interpreter, torch and the temporaries of one forward pass: 0.45 GB were seen with smolmix.
-BASE_BYTES = 600_000_000
+# Interpreter, libraries and the temporaries of one forward pass: 0.3 GB were seen with smolmix and 512 tokens at once.
+BASE_BYTES = 400_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """What a model takes: the trunk, the KV cache of `context` tokens, and n_records experts of record_bytes each.
+
+    layer_records: experts of one layer, which must fit at once.
+    """
+
+    trunk: int
+    kv: int
+    context: int
+    n_records: int
+    record_bytes: int
+    layer_records: int
+
+    @property
+    def fixed(self) -> int:
+        return BASE_BYTES + self.trunk + self.kv
+
+    @property
+    def smallest(self) -> int:
+        """The least memory that it runs in."""
+        return self.fixed + self.layer_records * self.record_bytes
+
+    @property
+    def whole(self) -> int:
+        """The memory that every expert fits in."""
+        return self.fixed + self.n_records * self.record_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of RAM that a run with every expert resident needs."""
+    """ram_slots: experts in memory; the others are read from disk when they are chosen."""
 
-    trunk_bytes: int
-    expert_bytes: int
-    kv_bytes: int
-    context: int
-
-    @property
-    def total_bytes(self) -> int:
-        return BASE_BYTES + self.trunk_bytes + self.expert_bytes + self.kv_bytes
+    ram_slots: int
+    all_resident: bool
 
 
-def check_memory(plan: MemoryPlan, name: str, free_bytes: int) -> None:
-    """Raises `MemoryBudgetError` with both numbers if the plan does not fit."""
-    if plan.total_bytes > free_bytes:
+def plan_memory(model: ModelBytes, name: str, ram: int) -> MemoryPlan:
+    """What lies where with `ram` bytes for the whole process.
+
+    Raises `MemoryBudgetError` naming the smallest budget that works.
+    """
+    if ram < model.smallest:
         raise MemoryBudgetError(
-            f"{name} needs {plan.total_bytes / 1e9:.1f} GB of memory with a context of {plan.context}, "
-            f"and {free_bytes / 1e9:.1f} GB are free",
+            f"{name} needs {model.smallest / 1e9:.1f} GB of memory with a context of {model.context}, "
+            f"and may use {ram / 1e9:.1f} GB",
             "choose a smaller variant (:q4), a smaller --ctx, or close other programs",
         )
+    slots = min(model.n_records, (ram - model.fixed) // model.record_bytes)
+    return MemoryPlan(slots, slots == model.n_records)

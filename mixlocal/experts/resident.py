@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mixlocal.experts.runtime import Routing
+from mixlocal.experts.runtime import ExpertCounts, Routing
 from mixlocal.kernels import Expert, Kernels
 from mixlocal.quant.packing import read_record
 from mixlocal.store.expert_file import ExpertFile
@@ -21,6 +21,7 @@ class ResidentExperts:
         manifest = file.manifest
         layout, per_layer = manifest.layout, manifest.n_experts
         self._kernels = kernels
+        self.counts = ExpertCounts()
         buffer = torch.empty((len(manifest.records), manifest.stride), dtype=torch.uint8)
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(lambda i: file.read(i // per_layer, i % per_layer, buffer[i]), range(len(buffer))))
@@ -30,4 +31,9 @@ class ResidentExperts:
         ]
 
     def apply(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """See `ExpertRuntime.apply`."""
+        self.counts.ram_hits += len(set(routing.experts.flatten().tolist()))
         return self._kernels.moe_ffn(x, routing.experts, routing.weights, self.layers[layer])
+
+    def close(self) -> None:
+        """See `ExpertRuntime.close`."""

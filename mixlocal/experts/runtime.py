@@ -16,6 +16,35 @@ class Routing:
     weights: torch.Tensor  # float32 [T, K], rows sum to one
 
 
+@dataclass(slots=True)
+class ExpertCounts:
+    """What has happened so far. A hit or a read is one distinct expert of one layer in one pass.
+
+    bytes_read: from disk.  stall_s: seconds in which nothing could be computed until a read had ended.
+    """
+
+    ram_hits: int = 0
+    disk_reads: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+
+    def since(self, before: ExpertCounts) -> ExpertCounts:
+        return ExpertCounts(
+            self.ram_hits - before.ram_hits,
+            self.disk_reads - before.disk_reads,
+            self.bytes_read - before.bytes_read,
+            self.stall_s - before.stall_s,
+        )
+
+
 class ExpertRuntime(Protocol):
+    counts: ExpertCounts
+
     def apply(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum over the chosen experts of weight * expert(x): float32 [T, D] -> [T, D]."""
+        """Sum over the chosen experts of weight * expert(x): float32 [T, D] -> [T, D].
+
+        The same bits wherever the experts lay. Raises `CorruptError` or `ReadOnlyError`s of a store that changed.
+        """
+
+    def close(self) -> None:
+        """Let go of files and threads."""

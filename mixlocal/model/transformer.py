@@ -45,7 +45,7 @@ class Transformer:
     ) -> None:
         self.config = config
         self.top_k = top_k or config.router.top_k
-        self._experts = experts
+        self.experts = experts
         eps, shape = config.norm_eps, attention_shape(config)
         self._embedding = trunk.embedding
         self._attention = [kernels.bind_attention(layer.attention, shape) for layer in trunk.layers]
@@ -64,7 +64,7 @@ class Transformer:
         for i, (attention, router) in enumerate(zip(self._attention, self._routers, strict=True)):
             attention.add_to(hidden, cache.layers[i], step)
             normed, experts, weights = router.choose(hidden)
-            hidden += self._experts.apply(i, normed, Routing(experts, weights))
+            hidden += self.experts.apply(i, normed, Routing(experts, weights))
         cache.advance(count)
         logits = self._head.logits(hidden if all_logits else hidden[-1:])
         return logits if all_logits else logits[0]

