@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import fmean, median, stdev
 
@@ -21,6 +21,7 @@ from mixlocal.app.measure import Running, sample_bandwidth
 from mixlocal.app.model_run import ModelRun, RunOptions, store_config
 from mixlocal.app.parameters import total_and_active
 from mixlocal.engine.generate import decode_step, prefill
+from mixlocal.experts.runtime import ExpertCounts
 from mixlocal.kernels import select
 from mixlocal.kernels.isa import set_threads
 from mixlocal.model.config import ModelConfig
@@ -50,9 +51,10 @@ class BenchRow:
     """One test: llama-bench's fields, and ours.
 
     *_ns are nanoseconds of one repetition, *_ts tokens per second; avg_ts is the mean of samples_ts and stddev the
-    sample's, 0 for a single repetition. For generation only: bytes_per_token; read_bandwidth, bytes/s, the median of
-    samples taken between the repetitions; bandwidth_share = bytes_per_token * avg_ts / read_bandwidth, which is above 1
-    where weights come from a cache. The last two need compiled kernels.
+    sample's, 0 for a single repetition. ram_hits, disk_hits, bytes_read: distinct experts per layer and pass found in
+    memory and read from disk in all repetitions, and the bytes of the latter. For generation only: bytes_per_token;
+    read_bandwidth, bytes/s, the median of samples taken between the repetitions; bandwidth_share = bytes_per_token *
+    avg_ts / read_bandwidth, which is above 1 where weights come from a cache. The last two need compiled kernels.
     """
 
     model: str
@@ -71,6 +73,9 @@ class BenchRow:
     stddev_ts: float
     samples_ns: tuple[int, ...]
     samples_ts: tuple[float, ...]
+    ram_hits: int
+    disk_hits: int
+    bytes_read: int
     bytes_per_token: int | None
     read_bandwidth: float | None
     bandwidth_share: float | None
@@ -149,11 +154,13 @@ def _run_test(
         _time(target, test, cache, _token_ids(target, test.n_prompt or 1, "warm-up"))
     samples: list[int] = []
     bandwidths: list[float] = []
+    counts = target.model.experts.counts
+    before = replace(counts)
     for repetition in range(request.repetitions):
         yield Running(test.name, repetition, request.repetitions)
         bandwidths += sample_bandwidth() if test.n_gen else []
         samples.append(_time(target, test, cache, _token_ids(target, test.n_tokens, str(repetition))))
-    yield _row(model, test, samples, bandwidths)
+    yield _row(model, test, samples, bandwidths, counts.since(before))
 
 
 def _time(target: BenchTarget, test: BenchTest, cache: KVCache, ids: list[int]) -> int:
@@ -175,7 +182,9 @@ def _token_ids(target: BenchTarget, count: int, seed: str) -> list[int]:
     return random.Random(seed).choices(range(target.run.config.vocab_size), k=count)
 
 
-def _row(model: BenchModel, test: BenchTest, samples: list[int], bandwidths: list[float]) -> BenchRow:
+def _row(
+    model: BenchModel, test: BenchTest, samples: list[int], bandwidths: list[float], experts: ExpertCounts
+) -> BenchRow:
     speeds = [test.n_tokens * 1e9 / sample for sample in samples]
     read = median(bandwidths) if bandwidths else None
     return BenchRow(
@@ -183,6 +192,7 @@ def _row(model: BenchModel, test: BenchTest, samples: list[int], bandwidths: lis
         test.name, test.n_prompt, test.n_gen, test.n_depth,
         avg_ns=fmean(samples), stddev_ns=_spread(samples), avg_ts=fmean(speeds), stddev_ts=_spread(speeds),
         samples_ns=tuple(samples), samples_ts=tuple(speeds),
+        ram_hits=experts.ram_hits, disk_hits=experts.disk_reads, bytes_read=experts.bytes_read,
         bytes_per_token=model.bytes_per_token if test.n_gen else None, read_bandwidth=read,
         bandwidth_share=model.bytes_per_token * fmean(speeds) / read if read else None,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -16,11 +17,12 @@ from mixlocal.app.bench import BenchRow, describe_model, open_bench, run_bench, 
 from mixlocal.app.bench_kernels import KernelRequest, KernelRow, run_kernels
 from mixlocal.app.bench_request import BenchRequest
 from mixlocal.app.measure import Running, sample_bandwidth
-from mixlocal.app.model_run import ModelRun
+from mixlocal.app.model_run import ModelRun, model_bytes, store_config
 from mixlocal.errors import MemoryBudgetError, UsageError
 from mixlocal.kernels.isa import native_isas
 from mixlocal.model.transformer import Transformer
 from mixlocal.quant.format import KINDS, QuantSpec, QuantTensor
+from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import home
 
 READ = 1e9
@@ -100,6 +102,15 @@ def test_bytes_per_token_by_hand(tmp_path: Path, tied: bool, attention: str, top
     assert weight_bytes_per_token(store.manifest, target.run.config, top_k) == expected
     if top_k == target.model.top_k:
         assert describe_model(target).bytes_per_token == expected
+
+
+def test_experts_found_in_memory_and_read_from_disk(store: Path) -> None:
+    everything = rows_of(store, request_of())
+    assert all(row.ram_hits > 0 == row.disk_hits == row.bytes_read for row in everything)
+    stride = open_bench(str(store), request_of(), home()).run.store.manifest.stride
+    needs = model_bytes(ModelStore.open(store), store_config(ModelStore.open(store)), 5, torch.float16)
+    for row in rows_of(store, replace(request_of(), ram=needs.smallest)):
+        assert row.bytes_read == row.disk_hits * stride > 0
 
 
 def test_what_the_model_computes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,23 @@ from mixlocal.app import bench_cases, bench_kernels, bench_weights, measure
 from mixlocal.kernels.isa import native_isas
 
 SMALL = ("bench", "-m", "tiny", "-p", "6", "-n", "3", "-r", "2")
-COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "bytes/token", "of bandwidth"]
+COLUMNS = [
+    "model",
+    "size",
+    "params",
+    "backend",
+    "threads",
+    "test",
+    "t/s",
+    "bytes/token",
+    "of bandwidth",
+    "RAM hits",
+    "disk/token",
+]
 FIELDS = [
     "model", "variant", "model_size", "model_n_params", "backend", "n_threads", "test", "n_prompt", "n_gen", "n_depth",
-    "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts", "bytes_per_token", "read_bandwidth",
-    "bandwidth_share",
+    "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts", "ram_hits", "disk_hits",
+    "bytes_read", "bytes_per_token", "read_bandwidth", "bandwidth_share",
 ]  # fmt: skip
 
 
