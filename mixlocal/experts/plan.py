@@ -56,7 +56,7 @@ def plan_memory(model: ModelBytes, name: str, ram: int) -> MemoryPlan:
         raise MemoryBudgetError(
             f"{name} needs {model.smallest / 1e9:.1f} GB of memory with a context of {model.context}, "
             f"and may use {ram / 1e9:.1f} GB",
-            "choose a smaller variant (:q4), a smaller --ctx, or close other programs",
+            "give it more (--ram), choose a smaller variant (:q4) or a smaller --ctx, or close other programs",
         )
     slots = min(model.n_records, (ram - model.fixed) // model.record_bytes)
     return MemoryPlan(slots, slots == model.n_records)
