@@ -33,11 +33,6 @@ class ModelBytes:
         """The least memory that it runs in."""
         return self.fixed + self.layer_records * self.record_bytes
 
-    @property
-    def whole(self) -> int:
-        """The memory that every expert fits in."""
-        return self.fixed + self.n_records * self.record_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:

@@ -16,12 +16,12 @@ class Residency:
     """Aged frequency: the expert with the least uses / (age + 1) goes first (LFRU; age in applied layers since its last
     use). Uses are remembered of experts that are gone. No layer is robbed of its last slot while another has more.
 
-    `assign` is the only change; looking up is one read of an array.
+    Looking up is one read of an array.
     """
 
     def __init__(self, n_layers: int, n_experts: int, n_slots: int) -> None:
         keys = n_layers * n_experts
-        self.n_slots, self._n_experts = n_slots, n_experts
+        self._n_experts = n_experts
         self._slot_of = np.full(keys, NOWHERE, dtype=np.int64)
         self._key_in = np.full(n_slots, NOWHERE, dtype=np.int64)
         self._uses = np.zeros(keys)

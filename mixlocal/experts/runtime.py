@@ -43,7 +43,8 @@ class ExpertRuntime(Protocol):
     def apply(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Sum over the chosen experts of weight * expert(x): float32 [T, D] -> [T, D].
 
-        The same bits wherever the experts lay. Raises `CorruptError` or `ReadOnlyError`s of a store that changed.
+        The same bits wherever the experts lay. Raises `CorruptError` for a store that changed, and what
+        `store.durable.named_errors` makes of a disk's errors.
         """
 
     def close(self) -> None:

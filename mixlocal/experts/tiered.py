@@ -46,9 +46,8 @@ class TieredExperts:
         reads = self._start_reads(layer, missing, keys)
         try:
             return self._compute(layer, x, routing, keys, reads)
-        except BaseException:
-            self._abandon(reads)
-            raise
+        finally:
+            self._settle(reads)
 
     def close(self) -> None:
         """See `ExpertRuntime.close`."""
@@ -92,8 +91,8 @@ class TieredExperts:
         bound = {expert: self._bound[self._residency.slot(key)]}
         return tokens, self._kernels.moe_ffn(x[tokens], ids, weights, bound)
 
-    def _abandon(self, reads: dict[Future[None], int]) -> None:
-        """After a failed read or an interrupt: no slot may be taken for full that a read did not fill."""
+    def _settle(self, reads: dict[Future[None], int]) -> None:
+        """However it ended: no read goes on, and no slot is taken for full that a read did not fill."""
         wait(reads)
         for read, key in reads.items():
             if read.cancelled() or read.exception() is not None:

@@ -100,7 +100,7 @@ class CpuAttention:
 
     def __init__(self, native: _native.Kernels, weights: AttentionWeights, shape: AttentionShape) -> None:
         check_attention(weights, shape)
-        self._native, self._shape = native, shape
+        self._native = native
         self._dim = weights.o.shape[0]
         self._layer = _native.Attention(
             address("norm", weights.norm), shape.norm_eps,

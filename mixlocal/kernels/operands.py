@@ -16,8 +16,7 @@ from mixlocal.quant.format import QuantTensor, Weight
 if TYPE_CHECKING or not MISSING:
     from mixlocal.kernels.native import _native
 
-FOUR_BIT, INT8, BF16, FLOAT = 0, 1, 2, 3  # `Kind` in native/src/kernels.h
-MAX_COLUMNS = 1 << 18  # of a four-bit or int8 weight: their scales are turned on the stack
+MAX_COLUMNS = 1 << 18  # of a four-bit or int8 weight: as many as a config.json may claim
 
 
 def matrix(weight: Weight) -> _native.Matrix:
@@ -25,7 +24,7 @@ def matrix(weight: Weight) -> _native.Matrix:
     check_weight(weight)
     rows, columns = weight.shape
     if isinstance(weight, torch.Tensor):
-        kind = BF16 if weight.dtype == torch.bfloat16 else FLOAT
+        kind = _native.BF16 if weight.dtype == torch.bfloat16 else _native.FLOAT
         return _native.Matrix(kind, rows, columns, address("weight", weight), 0, False, 0, 1.0)
     if columns > MAX_COLUMNS:
         raise RefusedError(f"a quantized weight of {columns} columns is more than the kernels take, {MAX_COLUMNS}")
@@ -41,10 +40,12 @@ def address(name: str, array: torch.Tensor) -> int:
 def _quantized(weight: QuantTensor, rows: int, columns: int) -> _native.Matrix:
     codes, scales = address("codes", weight.codes), address("scales", weight.scales)
     if not weight.spec.four_bit:
-        return _native.Matrix(INT8, rows, columns, codes, scales, False, 0, 1.0)
+        return _native.Matrix(_native.INT8, rows, columns, codes, scales, False, 0, 1.0)
     book = integer_codebook(weight.spec.kind)
     half = weight.scales.dtype == torch.float16
-    return _native.Matrix(FOUR_BIT, rows, columns, codes, scales, half, _levels(weight.spec.kind).data_ptr(), book.step)
+    return _native.Matrix(
+        _native.FOUR_BIT, rows, columns, codes, scales, half, _levels(weight.spec.kind).data_ptr(), book.step
+    )
 
 
 @cache

@@ -9,10 +9,13 @@ import torch
 
 from mixlocal.errors import RefusedError
 from mixlocal.kernels.checks import check_quantized
-from mixlocal.kernels.isa import chosen_isa, native_kernels
-from mixlocal.kernels.operands import FOUR_BIT, INT8, address
+from mixlocal.kernels.isa import MISSING, chosen_isa, native_kernels
+from mixlocal.kernels.operands import address
 from mixlocal.quant.format import CODEBOOKS, QuantSpec, QuantTensor, Weight
 from mixlocal.quant.quantize import check_finite, empty, quantize, relative_error, row_chunks
+
+if not MISSING:
+    from mixlocal.kernels.native import _native
 
 
 def quantize_rows(name: str, weight: torch.Tensor, spec: QuantSpec, out: Weight | None = None) -> tuple[Weight, float]:
@@ -69,7 +72,7 @@ def _quantize_part(
 ) -> tuple[float, float, int]:
     """Sums of squares of error and source, and the flat index of the first NaN or infinity or -1."""
     rows, columns = source.shape
-    kind, codebook = (FOUR_BIT, _codebook(spec.kind).data_ptr()) if spec.four_bit else (INT8, 0)
+    kind, codebook = (_native.FOUR_BIT, _codebook(spec.kind).data_ptr()) if spec.four_bit else (_native.INT8, 0)
     return native_kernels(isa).quantize(
         kind, rows, columns, source.data_ptr(), source.dtype == torch.bfloat16,
         codebook, address("codes", codes), address("scales", scales), scales.dtype == torch.float16,

@@ -63,9 +63,8 @@ INLINE Floats load_bf16(const uint16_t* from) {
 }
 
 INLINE Lookup lookup_table(const float* levels) { return {load(levels), load(levels + 8)}; }
-INLINE Floats lookup(const Lookup& table, Words words, int nibble) {
-    const Words index = _mm256_srli_epi32(words, 4 * nibble);  // a permutation reads the low three bits, the blend the fourth
-    const Floats top_bit = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * nibble));
+INLINE Floats lookup(const Lookup& table, Words index) {  // a permutation reads the low three bits, the blend the fourth
+    const Floats top_bit = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index), top_bit);
 }
 

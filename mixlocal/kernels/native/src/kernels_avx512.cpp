@@ -59,9 +59,7 @@ INLINE Floats load_bf16(const uint16_t* from) {
 }
 
 INLINE Lookup lookup_table(const float* levels) { return {load(levels)}; }
-INLINE Floats lookup(const Lookup& table, Words words, int nibble) {  // a permutation reads the low four bits
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, static_cast<unsigned>(4 * nibble)), table.levels);
-}
+INLINE Floats lookup(const Lookup& table, Words index) { return _mm512_permutexvar_ps(index, table.levels); }
 
 INLINE Words magnitude(Floats v) { return _mm512_and_si512(float_bits(v), _mm512_set1_epi32(0x7fffffff)); }
 INLINE Words larger(Words a, Words b) { return _mm512_max_epi32(a, b); }
@@ -172,7 +170,6 @@ INLINE void transpose_words(Words* rows) {
         rows[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
     }
 }
-
 
 #include "body.inc"
 

@@ -77,13 +77,10 @@ INLINE uint8x16_t bytes_of(uint32x4_t index) {  // where the four bytes of each 
 INLINE Lookup lookup_table(const float* levels) {
     return {{{float_bytes(levels), float_bytes(levels + 4), float_bytes(levels + 8), float_bytes(levels + 12)}}};
 }
-INLINE float32x4_t lookup_four(const Lookup& table, uint32x4_t words, int nibble) {
-    const uint32x4_t index = vandq_u32(vshlq_u32(words, vdupq_n_s32(-4 * nibble)), vdupq_n_u32(15));
+INLINE float32x4_t lookup_four(const Lookup& table, uint32x4_t index) {
     return vreinterpretq_f32_u8(vqtbl4q_u8(table.levels, bytes_of(index)));
 }
-INLINE Floats lookup(const Lookup& table, Words words, int nibble) {
-    return {lookup_four(table, words.low, nibble), lookup_four(table, words.high, nibble)};
-}
+INLINE Floats lookup(const Lookup& table, Words index) { return {lookup_four(table, index.low), lookup_four(table, index.high)}; }
 
 INLINE Words magnitude(Floats v) { return float_bits({vabsq_f32(v.low), vabsq_f32(v.high)}); }
 INLINE Words larger(Words a, Words b) { return {vmaxq_u32(a.low, b.low), vmaxq_u32(a.high, b.high)}; }

@@ -55,9 +55,9 @@ INLINE void store_bytes(uint8_t* to, Words w) { EACH_LANE to[i] = static_cast<ui
 INLINE Floats load_bf16(const uint16_t* from) { Words w; EACH_LANE w.lane[i] = static_cast<uint32_t>(from[i]) << 16; return as_floats(w); }
 
 INLINE Lookup lookup_table(const float* levels) { return {levels}; }
-INLINE Floats lookup(Lookup table, Words words, int nibble) {
+INLINE Floats lookup(Lookup table, Words index) {
     Floats v;
-    EACH_LANE v.lane[i] = table.levels[words.lane[i] >> (4 * nibble) & 15];
+    EACH_LANE v.lane[i] = table.levels[index.lane[i]];
     return v;
 }
 

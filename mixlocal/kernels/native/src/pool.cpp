@@ -16,7 +16,7 @@ namespace {
 
 // A thread that waits first spins, then offers its core to others at every look, then sleeps. Waking a sleeper costs the
 // waker tens of microseconds, as much as the work of one small phase, so workers stay awake from one phase to the next and
-// from one token to the next; a busy neighbour loses nothing to a thread that yields.
+// from one token to the next, and a neighbour who wants the core gets it at the next look.
 constexpr auto kSpin = std::chrono::microseconds(20);
 constexpr auto kYield = std::chrono::milliseconds(2);
 
