@@ -10,26 +10,21 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from statistics import fmean, median, stdev
 
-import torch
-
 from mixlocal.app.bench_request import BenchRequest, BenchTest
+from mixlocal.app.budgets import RunOptions
+from mixlocal.app.footprint import weight_bytes_per_token
 from mixlocal.app.installed import find_store
 from mixlocal.app.measure import Running, sample_bandwidth
-from mixlocal.app.model_run import ModelRun, RunOptions, store_config
+from mixlocal.app.model_run import ModelRun, store_config
 from mixlocal.app.parameters import total_and_active
 from mixlocal.engine.generate import decode_step, prefill
 from mixlocal.experts.runtime import ExpertCounts
 from mixlocal.kernels import select
 from mixlocal.kernels.isa import set_threads
-from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import KVCache
-from mixlocal.model.tensors import EMBEDDING, TrunkTensor, trunk_tensors
 from mixlocal.model.transformer import Transformer
-from mixlocal.quant.format import QuantSpec
-from mixlocal.store.manifest import Manifest
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home
 
@@ -44,6 +39,9 @@ class BenchModel:
     model_n_params: int
     backend: str
     bytes_per_token: int
+    ram_budget: int
+    ram_slots: int
+    n_records: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,8 @@ class BenchRow:
     """One test: llama-bench's fields, and ours.
 
     *_ns are nanoseconds of one repetition, *_ts tokens per second; avg_ts is the mean of samples_ts and stddev the
-    sample's, 0 for a single repetition. ram_hits, disk_hits, bytes_read: distinct experts per layer and pass found in
-    memory and read from disk in all repetitions, and the bytes of the latter. For generation only: bytes_per_token;
+    sample's, 0 for a single repetition. ram_budget: bytes; ram_slots of n_records experts stay in memory. gpu_hits to
+    prefetch_recall: see `ExpertCounts`, in all repetitions. For generation only: bytes_per_token;
     read_bandwidth, bytes/s, the median of samples taken between the repetitions; bandwidth_share = bytes_per_token *
     avg_ts / read_bandwidth, which is above 1 where weights come from a cache. The last two need compiled kernels.
     """
@@ -73,9 +71,15 @@ class BenchRow:
     stddev_ts: float
     samples_ns: tuple[int, ...]
     samples_ts: tuple[float, ...]
+    ram_budget: int
+    ram_slots: int
+    n_records: int
+    gpu_hits: int
     ram_hits: int
     disk_hits: int
     bytes_read: int
+    stall_s: float
+    prefetch_recall: float | None
     bytes_per_token: int | None
     read_bandwidth: float | None
     bandwidth_share: float | None
@@ -89,17 +93,14 @@ class BenchTarget:
     model: Transformer
 
 
-def open_bench(model: str, request: BenchRequest, folders: Home) -> BenchTarget:
-    """Load `model` with room for the longest test.
+def open_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> BenchTarget:
+    """Load `model` as `options` says, with room for the longest test and the first of its threads.
 
     Raises `NotFoundError` if it is not installed, and before loading `UsageError` if a test does not fit its context.
     """
     store = ModelStore.open(find_store(model, folders))
     request.check_context(store_config(store).max_context)
-    run = ModelRun(
-        store,
-        RunOptions(context=request.context, threads=request.threads[0], kv_dtype=request.kv_dtype, ram=request.ram),
-    )
+    run = ModelRun(store, replace(options, context=request.context, threads=request.threads[0]), folders)
     return BenchTarget(run, run.load())
 
 
@@ -120,29 +121,9 @@ def describe_model(target: BenchTarget) -> BenchModel:
     manifest, config = target.run.store.manifest, target.run.config
     return BenchModel(
         manifest.name, manifest.variant, manifest.nbytes, total_and_active(config)[0], select("cpu").name,
-        weight_bytes_per_token(manifest, config, target.model.top_k),
+        weight_bytes_per_token(config, manifest.recipe, target.model.top_k),
+        target.run.plan.budget, target.run.plan.ram_slots, target.run.plan.n_records,
     )  # fmt: skip
-
-
-def weight_bytes_per_token(manifest: Manifest, config: ModelConfig, top_k: int) -> int:
-    """Bytes of weights that decoding one token reads: `top_k` experts a layer, and the trunk with its output head.
-
-    The embedding counts only where it is the head too; its one row, the KV cache and activations do not count.
-    """
-    expert = sum(part.nbytes for part in manifest.layout.parts)
-    trunk = sum(
-        _trunk_bytes(tensor, manifest.recipe.attention_spec)
-        for tensor in trunk_tensors(config)
-        if tensor.name != EMBEDDING or config.tied_embeddings
-    )
-    return config.n_layers * top_k * expert + trunk
-
-
-def _trunk_bytes(tensor: TrunkTensor, spec: QuantSpec) -> int:
-    if not tensor.is_matrix:
-        return prod(tensor.shape) * torch.float32.itemsize
-    rows, columns = tensor.shape
-    return spec.code_bytes((rows, columns)) + prod(spec.scales_shape((rows, columns))) * spec.scale_dtype.itemsize
 
 
 def _run_test(
@@ -192,7 +173,9 @@ def _row(
         test.name, test.n_prompt, test.n_gen, test.n_depth,
         avg_ns=fmean(samples), stddev_ns=_spread(samples), avg_ts=fmean(speeds), stddev_ts=_spread(speeds),
         samples_ns=tuple(samples), samples_ts=tuple(speeds),
-        ram_hits=experts.ram_hits, disk_hits=experts.disk_reads, bytes_read=experts.bytes_read,
+        ram_budget=model.ram_budget, ram_slots=model.ram_slots, n_records=model.n_records,
+        gpu_hits=experts.gpu_hits, ram_hits=experts.ram_hits, disk_hits=experts.disk_hits,
+        bytes_read=experts.bytes_read, stall_s=experts.stall_s, prefetch_recall=experts.prefetch_recall,
         bytes_per_token=model.bytes_per_token if test.n_gen else None, read_bandwidth=read,
         bandwidth_share=model.bytes_per_token * fmean(speeds) / read if read else None,
     )  # fmt: skip

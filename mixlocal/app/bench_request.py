@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+from mixlocal.app.budgets import RunOptions
 from mixlocal.errors import UsageError
-from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,6 @@ class BenchRequest:
     threads: tuple[int, ...]
     repetitions: int
     warmup: bool = True
-    kv_dtype: str = DEFAULT_KV_DTYPE
-    ram: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a count out of range, and where no test is left."""
@@ -75,3 +74,30 @@ class BenchRequest:
                     f"{test.name} needs a context of {needed} tokens and the model has {max_context}",
                     "give a smaller -p, -n or -d",
                 )
+
+
+SWITCH = {"on": True, "off": False}
+
+
+def varied(options: RunOptions, vary: str | None) -> tuple[RunOptions, ...]:
+    """`options` with each of the values of "ram=6G,8G,12G". Raises `UsageError` for what cannot be varied."""
+    if vary is None:
+        return (options,)
+    name, _, values = vary.partition("=")
+    change = VARIABLES.get(name)
+    if change is None or not values:
+        raise UsageError(
+            f"--vary {vary!r} is not of the form NAME=VALUE,...", f"NAME is one of {', '.join(VARIABLES)}"
+        )
+    try:
+        return tuple(change(options, value.strip()) for value in values.split(","))
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"--vary {vary!r}: {error} is no value of {name}") from error
+
+
+VARIABLES: dict[str, Callable[[RunOptions, str], RunOptions]] = {
+    "ram": lambda options, value: replace(options, ram=value),
+    "kv-dtype": lambda options, value: replace(options, kv_dtype=value),
+    "experts-per-token": lambda options, value: replace(options, experts_per_token=int(value)),
+    "lookahead": lambda options, value: replace(options, lookahead=SWITCH[value]),
+}

@@ -17,7 +17,7 @@ def weight_copies(spec: QuantSpec, shape: tuple[int, int]) -> list[Weight]:
     rows, columns = shape
     count = max(2, -(-ROTATION_BYTES // spec.code_bytes(shape)))
     tall = _empty(spec, (count * rows, columns))
-    _randomize(tall)
+    randomize(tall)
     return [_rows(tall, slice(first, first + rows)) for first in range(0, count * rows, rows)]
 
 
@@ -25,7 +25,7 @@ def random_expert(layout: ExpertLayout) -> ExpertWeights:
     """Views into one record, as an expert comes from a store."""
     expert = read_record(layout, torch.empty(layout.stride, dtype=torch.uint8))
     for weight in (expert.w1, expert.w3, expert.w2):
-        _randomize(weight)
+        randomize(weight)
     return expert
 
 
@@ -39,7 +39,7 @@ def _rows(weight: Weight, part: slice) -> Weight:
     return QuantTensor(weight.spec, (part.stop - part.start, weight.shape[1]), weight.codes[part], weight.scales[part])
 
 
-def _randomize(weight: Weight) -> None:
+def randomize(weight: Weight) -> None:
     """Codes uniform, scales 0.01 to 0.03; plain weights normal with a deviation of 0.02."""
     if isinstance(weight, torch.Tensor):
         _fill(weight, (torch.randn(BLOCK) * 0.02).to(weight.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -54,7 +54,9 @@ class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model we know. variant: the one taken when none is named. template: a name in `app.template.TEMPLATES`."""
+    """One model we know. variant: the one taken when none is named. template: a name in `app.template.TEMPLATES`.
+    config: what is in its config.json, where that is known, so that it can be planned for before anything is fetched.
+    """
 
     description: str
     source: HubSource | SmolmixSource
@@ -64,6 +66,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: Parameters
     template: str | None = None
     sampling: SamplingDefaults = SamplingDefaults()
+    config: dict[str, Any] | None = None
     note: str = ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,15 @@ TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device; bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """Bytes and counts; cgroup limits and CPU affinity are respected. cores: physical ones, at least 1."""
 
@@ -23,19 +33,32 @@ class Hardware:
     ram_total: int
     ram_free: int
     disk_free: int
+    gpus: tuple[Gpu, ...] = ()
 
 
 def probe(folder: Path) -> Hardware:
     """disk_free is of the file system that holds `folder`, or its nearest existing parent."""
     memory = psutil.virtual_memory()
-    limit, used = _cgroup_memory()
+    limit, free = _cgroup_memory()
     total = min(memory.total, limit)
     return Hardware(
         cores=max(1, min(physical_cores(TOPOLOGY), _cgroup_cores())),
         ram_total=total,
-        ram_free=max(0, min(memory.available, limit - used)),
+        ram_free=min(memory.available, free),
         disk_free=shutil.disk_usage(existing_parent(folder)).free,
+        gpus=_gpus(),
     )
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    torch = sys.modules.get("torch")  # who has not loaded it computes nothing
+    if torch is None or not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(torch.cuda.get_device_name(index), total, free))
+    return tuple(found)
 
 
 def physical_cores(topology: str) -> int:
@@ -57,7 +80,7 @@ def _siblings(topology: str, processor: int) -> str:
 
 def _cgroup_cores() -> int:
     """Whole processors' worth of time that this cgroup may use, rounded up; without a limit, beyond any machine."""
-    for folder in _cgroup_folders():
+    for folder in _cgroup_folders("", CGROUP):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
         except (OSError, ValueError):
@@ -77,29 +100,36 @@ def existing_parent(folder: Path) -> Path:
 
 
 def _cgroup_memory() -> tuple[int, int]:
-    """(limit, used) of this memory cgroup, page cache not counted; without one, a limit beyond any machine."""
-    for limit_file, used_file in _cgroup_files():
+    """(limit, free) of this process's memory cgroup and all above it; without any, beyond any machine.
+
+    Page cache that the kernel takes back when it is needed counts as free.
+    """
+    limit = free = UNLIMITED
+    v2 = [(folder / "memory.max", folder / "memory.current") for folder in _cgroup_folders("", CGROUP)]
+    v1 = [
+        (folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes")
+        for folder in _cgroup_folders("memory", CGROUP / "memory")
+    ]
+    for limit_file, used_file in [*v2, *v1]:
         try:
-            limit, used = limit_file.read_text().strip(), used_file.read_text().strip()
+            allowed, used = limit_file.read_text().strip(), int(used_file.read_text())
             stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
-        except OSError:
+        except (OSError, ValueError):
             continue
-        if limit != "max":
-            reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-            return int(limit), max(0, int(used) - reclaimable)
-    return UNLIMITED, 0
+        if allowed != "max":
+            prefix = "total_" if "total_inactive_file" in stat else ""  # with what lies below it, as `used` is
+            reclaimable = sum(int(stat.get(f"{prefix}{state}_file", 0)) for state in ("inactive", "active"))
+            limit = min(limit, int(allowed))
+            free = min(free, max(0, int(allowed) - max(0, used - reclaimable)))
+    return limit, free
 
 
-def _cgroup_folders() -> list[Path]:
-    """This process's own cgroup (version 2) and the root."""
+def _cgroup_folders(controller: str, root: Path) -> list[Path]:
+    """This process's own cgroup and all above it up to `root`, where it is mounted. controller: "" for version 2."""
     try:
-        own = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
-        return []
-    return [*(CGROUP / line.split(":", 2)[2].lstrip("/") for line in own if line.startswith("0::")), CGROUP]
-
-
-def _cgroup_files() -> list[tuple[Path, Path]]:
-    files = [(folder / "memory.max", folder / "memory.current") for folder in _cgroup_folders()]
-    v1 = CGROUP / "memory"
-    return [*files, (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes")]
+        lines = []
+    paths = [path for number, names, path in lines if controller in names.split(",") and (controller or number == "0")]
+    own = root / paths[0].lstrip("/") if paths else root
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]

@@ -2,75 +2,131 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from mixlocal.app.budgets import RunOptions, check_context, plan_notes, plan_run
+from mixlocal.app.footprint import stored_bytes
 from mixlocal.app.hardware import probe
-from mixlocal.errors import RefusedError, UsageError
-from mixlocal.experts.plan import MemoryPlan, ModelBytes, plan_memory
+from mixlocal.errors import MemoryBudgetError, RefusedError, UsageError
+from mixlocal.experts.device import CudaDevice
+from mixlocal.experts.offloaded import OffloadedExperts, TierSlots
+from mixlocal.experts.plan import MemoryPlan
+from mixlocal.experts.profile import RoutingProfile, learn, load_profile, save_profile
 from mixlocal.experts.resident import ResidentExperts
 from mixlocal.experts.runtime import ExpertRuntime
 from mixlocal.experts.tiered import TieredExperts
-from mixlocal.kernels import Kernels, select
+from mixlocal.kernels import select
 from mixlocal.kernels.isa import MISSING, set_threads
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
-from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE, KV_DTYPES, KVCache, kv_bytes_per_token
+from mixlocal.model.kv_cache import KV_DTYPES, KVCache
 from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.store.manifest import MANIFEST
-from mixlocal.store.model_store import TRUNK_FILE, ModelStore
+from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home
 from mixlocal.store.strict_json import read_json_object
 
 # Seen with smolmix on two cores, PyTorch against avx512vnni: 18.6 and 103 tok/s at 8 bits, 2.7 and 131 at 4.
 REFERENCE_COST = "PyTorch computes instead, 5 times slower at 8 bits, 50 at 4"
 NO_KERNELS_COST = f"{REFERENCE_COST}: install a C++ compiler, then run install.sh again"
-PLANNED_CONTEXT = 4096  # tokens of KV cache counted before loading when no context was asked for
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """context: tokens, at most the model's own. experts_per_token: None for what the model was trained with.
-    threads: None for every physical core this process may use. kv_dtype: a key of `KV_DTYPES`. ram: bytes that the
-    whole process may use; None for all that is free."""
-
-    context: int | None = None
-    experts_per_token: int | None = None
-    threads: int | None = None
-    kv_dtype: str = DEFAULT_KV_DTYPE
-    ram: int | None = None
 
 
 class ModelRun:
-    """`load` it once; `new_cache` as often as there are sequences. `warnings` are for the user."""
+    """`load` it once; `new_cache` as often as there are sequences; `finish` when all is done. `warnings` are for the
+    user."""
 
-    def __init__(self, store: ModelStore, options: RunOptions) -> None:
-        """Raises `UsageError` for an option the model does not have, `MemoryBudgetError` if it does not fit."""
+    def __init__(self, store: ModelStore, options: RunOptions, folders: Home | None = None) -> None:
+        """folders: where what is learnt of the model's routing is kept; nowhere without.
+
+        Raises `UsageError` for an option the model does not have, `MemoryBudgetError` if it does not fit.
+        """
         hardware = probe(store.folder)
         set_threads(hardware.cores if options.threads is None else options.threads)
         self.store, self.options = store, options
         self.config = store_config(store)
-        self.context = _context(self.config, options)
-        self.kv_dtype = _kv_dtype(options)
+        self.kv_dtype = kv_dtype(options.kv_dtype)
         self.warnings = _warnings(self.config, options)
         _check_shape(store, self.config)
-        ram = hardware.ram_free if options.ram is None else min(options.ram, hardware.ram_free)
-        if options.ram is not None and options.ram > hardware.ram_free:
-            self.warnings += (f"--ram is {options.ram / 1e9:.1f} GB and {ram / 1e9:.1f} GB are free: using those",)
-        self.plan = plan_memory(
-            model_bytes(store, self.config, options.context, self.kv_dtype), store.manifest.name, ram
-        )
-        if not self.plan.all_resident:
-            self.warnings += (_disk_tier_note(store, self.plan),)
+        check_context(self.config, options.context)
+        self.plan = plan_run(stored_bytes(store.manifest, self.config, self.kv_dtype), hardware, options)
+        self.device = options.gpu_name if self.plan.on_gpu else "cpu"
+        self.warnings += plan_notes(self.plan, hardware, self.config, options)
+        manifest = store.manifest
+        self._profile_path = folders.profile(manifest.name, manifest.variant) if folders else None
+        self._experts: ExpertRuntime | None = None
+        self._profile: RoutingProfile | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.plan.context
 
     def load(self) -> Transformer:
-        """Trunk and experts, checked as they are read."""
-        return load_model(self.store, self.config, self.options.experts_per_token, self.plan)
+        """Trunk and experts, checked as they are read. With less memory than planned, fewer experts stay, aloud."""
+        if self._profile_path is not None:
+            self._profile = load_profile(self._profile_path, self.config.n_layers, self.config.router.n_experts)
+        trunk = load_trunk(self.store, self.config, self.device)
+        self._experts = self._open_experts()
+        return Transformer(self.config, trunk, self._experts, select(self.device), self.options.experts_per_token)
 
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""
-        return KVCache(self.config, limit, self.kv_dtype)
+        return KVCache(self.config, limit, self.kv_dtype, self.device)
+
+    def finish(self) -> None:
+        """Let go of the experts and keep what was learnt of the routing. Does nothing the second time.
+
+        Raises what writing a file can raise; all that is lost then is a warm start.
+        """
+        experts, self._experts = self._experts, None
+        if experts is None:
+            return
+        experts.close()
+        profile = learn(experts.trace, self._profile) if self._profile_path else None
+        if profile is not None and self._profile_path is not None:
+            save_profile(self._profile_path, profile)
+
+    def _open_experts(self) -> ExpertRuntime:
+        plan = self.plan
+        while True:
+            try:
+                return open_experts(self.store, plan, self._profile, self.device, lookahead=self.options.lookahead)
+            except MemoryBudgetError:
+                fewer = max(self.config.router.n_experts, plan.ram_slots * 3 // 4)
+                if fewer == plan.ram_slots:
+                    raise
+                plan = replace(plan, ram_slots=fewer)
+            self.warnings += (f"the system gives less memory than it says is free: room for {fewer} experts",)
+            self.plan = plan
+
+
+def open_experts(
+    store: ModelStore,
+    plan: MemoryPlan | None = None,
+    profile: RoutingProfile | None = None,
+    device: str = "cpu",
+    *,
+    lookahead: bool = True,
+) -> ExpertRuntime:
+    """A store's experts as `plan` says; without one, all in memory."""
+    file, kernels = store.experts(direct=plan is not None and plan.direct_io), select("cpu")
+    if plan is not None and plan.on_gpu:
+        slots = TierSlots(plan.gpu_slots, plan.staging_slots, plan.ram_slots)
+        return OffloadedExperts(file, kernels, CudaDevice(device), slots, profile, lookahead=lookahead)
+    if plan is not None and not plan.all_in_ram:
+        return TieredExperts(file, kernels, plan.ram_slots, profile, lookahead=lookahead)
+    try:
+        return ResidentExperts(file, kernels)
+    finally:
+        file.close()
+
+
+def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
+    """A store with all its experts in memory."""
+    return Transformer(config, load_trunk(store, config), open_experts(store), select("cpu"), top_k)
 
 
 def store_config(store: ModelStore) -> ModelConfig:
@@ -78,55 +134,10 @@ def store_config(store: ModelStore) -> ModelConfig:
     return read_config(read_json_object(path), str(path))
 
 
-def load_model(
-    store: ModelStore, config: ModelConfig, top_k: int | None = None, plan: MemoryPlan | None = None
-) -> Transformer:
-    """A store's trunk, and its experts as `plan` says; without one, all in memory."""
-    kernels = select("cpu")
-    return Transformer(config, load_trunk(store, config), _open_experts(store, kernels, plan), kernels, top_k)
-
-
-def _open_experts(store: ModelStore, kernels: Kernels, plan: MemoryPlan | None) -> ExpertRuntime:
-    file = store.experts()
-    if plan is not None and not plan.all_resident:
-        return TieredExperts(file, kernels, plan.ram_slots)
-    try:
-        return ResidentExperts(file, kernels)
-    finally:
-        file.close()
-
-
-def model_bytes(store: ModelStore, config: ModelConfig, context: int | None, kv_dtype: torch.dtype) -> ModelBytes:
-    """What running `store` takes."""
-    manifest = store.manifest
-    tokens = context or min(config.max_context, PLANNED_CONTEXT)
-    return ModelBytes(
-        trunk=manifest.files[TRUNK_FILE].nbytes,
-        kv=tokens * kv_bytes_per_token(config, kv_dtype),
-        context=tokens,
-        n_records=len(manifest.records),
-        record_bytes=manifest.stride,
-        layer_records=manifest.n_experts,
-    )
-
-
-def _disk_tier_note(store: ModelStore, plan: MemoryPlan) -> str:
-    total = len(store.manifest.records)
-    return f"{plan.ram_slots} of {total} experts fit in memory; the others are read from disk when they are chosen"
-
-
-def _context(config: ModelConfig, options: RunOptions) -> int:
-    if options.context is None:
-        return config.max_context
-    if not 1 <= options.context <= config.max_context:
-        raise UsageError(f"--ctx {options.context} is outside 1 to {config.max_context}, the model's own context")
-    return options.context
-
-
-def _kv_dtype(options: RunOptions) -> torch.dtype:
-    if options.kv_dtype not in KV_DTYPES:
-        raise UsageError(f"--kv-dtype {options.kv_dtype!r} is none of {', '.join(KV_DTYPES)}")
-    return KV_DTYPES[options.kv_dtype]
+def kv_dtype(name: str) -> torch.dtype:
+    if name not in KV_DTYPES:
+        raise UsageError(f"--kv-dtype {name!r} is none of {', '.join(KV_DTYPES)}")
+    return KV_DTYPES[name]
 
 
 def _warnings(config: ModelConfig, options: RunOptions) -> tuple[str, ...]:

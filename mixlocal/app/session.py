@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
+from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.installed import find_store
-from mixlocal.app.model_run import ModelRun, RunOptions
+from mixlocal.app.model_run import ModelRun
 from mixlocal.app.template import ChatTemplate, Message
 from mixlocal.app.templates import load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
@@ -28,7 +29,6 @@ from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
 from mixlocal.errors import RefusedError
 from mixlocal.experts.runtime import ExpertCounts
-from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
 
@@ -59,6 +59,19 @@ class RunStats:
         return (self.completion_tokens - 1) / self.decode_s if self.decode_s and self.completion_tokens > 1 else 0.0
 
 
+class RunKeywords(TypedDict, total=False):
+    """`RunOptions` as keywords."""
+
+    context: int | None
+    experts_per_token: int | None
+    threads: int | None
+    kv_dtype: str
+    ram: int | str | None
+    device: str
+    vram: int | str | None
+    lookahead: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer. text: safe to show, may be empty. choice: the token behind it, if one was generated.
@@ -74,12 +87,15 @@ class Chunk:
 class Session:
     """Tokenizer, chat template, transformer. `warnings` are for the user; `defaults` are the model's own sampling."""
 
-    def __init__(self, store: ModelStore, options: RunOptions) -> None:
-        """Load and check everything. Raises `MixlocalError`s of many kinds; nothing of a damaged store is used."""
+    def __init__(self, store: ModelStore, options: RunOptions, folders: Home | None = None) -> None:
+        """Load and check everything. Raises `MixlocalError`s of many kinds; nothing of a damaged store is used.
+
+        folders: see `ModelRun`.
+        """
         start = time.perf_counter()
-        self.run = ModelRun(store, options)
+        self.run = ModelRun(store, options, folders)
         self.name, self.variant = store.manifest.name, store.manifest.variant
-        self.config, self.context, self.warnings = self.run.config, self.run.context, self.run.warnings
+        self.config, self.context = self.run.config, self.run.context
         self.defaults: SamplingParams = sampling_defaults(find_entry(self.name))
         self.tokenizer: Tokenizer = load_tokenizer(store.folder)
         if self.tokenizer.vocab_size > self.config.vocab_size:
@@ -89,23 +105,20 @@ class Session:
             )
         self.template: ChatTemplate = load_template(store.folder, store.manifest.template)
         self.model = self.run.load()
+        self.warnings = self.run.warnings
         self.load_s = time.perf_counter() - start
 
     @classmethod
-    def open(
-        cls,
-        model: str = DEFAULT_MODEL,
-        *,
-        context: int | None = None,
-        experts_per_token: int | None = None,
-        threads: int | None = None,
-        kv_dtype: str = DEFAULT_KV_DTYPE,
-        ram: int | None = None,
-        folders: Home | None = None,
-    ) -> Self:
-        """Load an installed model by name, name:variant or folder. Raises `NotFoundError` if it is not installed."""
-        store = ModelStore.open(find_store(model, folders or home()))
-        return cls(store, RunOptions(context, experts_per_token, threads, kv_dtype, ram))
+    def open(cls, model: str = DEFAULT_MODEL, *, folders: Home | None = None, **options: Unpack[RunKeywords]) -> Self:
+        """Load an installed model by name, name:variant or folder. options: the fields of `RunOptions`; `ram` also as
+        people write it ("4G", "80%"). Raises `NotFoundError` if it is not installed.
+        """
+        return cls.load(model, RunOptions(**options), folders or home())
+
+    @classmethod
+    def load(cls, model: str, options: RunOptions, folders: Home) -> Self:
+        """As `open`."""
+        return cls(ModelStore.open(find_store(model, folders)), options, folders)
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
@@ -157,10 +170,12 @@ class Session:
         yield Chunk(finish="length", stats=clock.stats())
 
     def close(self) -> None:
-        """Free the weights."""
-        model = vars(self).pop("model", None)
-        if model is not None:
-            model.experts.close()
+        """Free the weights, and keep what was learnt of the routing for the next start.
+
+        Raises what writing a small file can raise; nothing else is lost then.
+        """
+        vars(self).pop("model", None)
+        self.run.finish()
 
     def __enter__(self) -> Self:
         return self

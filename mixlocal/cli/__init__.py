@@ -22,6 +22,7 @@ COMMANDS = {
     "pull": ("pull", "Get a model: fetch, quantize, verify."),
     "quantize": ("quantize", "Quantize a checkpoint folder into a model store."),
     "prompt": ("prompt", "Answer one prompt."),
+    "plan": ("plan", "Tell what of a model would lie where, and how fast it would be."),
     "ls": ("models", "List the models on this machine."),
     "show": ("models", "Explain a model: parameters, where they sit, bytes."),
     "verify": ("models", "Read every byte of a model and check it."),

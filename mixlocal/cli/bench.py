@@ -16,25 +16,29 @@ from mixlocal.cli.bench_columns import kernel_columns, model_columns
 from mixlocal.cli.options import (
     Command,
     Globals,
+    device_option,
     json_option,
     kv_dtype_option,
+    lookahead_option,
     pass_globals,
-    ram_budget,
     ram_option,
+    run_options,
     settle,
+    vram_option,
 )
-from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say
+from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say, warn
 from mixlocal.cli.report import Report, Row, report
 from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
+    from mixlocal.app.bench import BenchRow
     from mixlocal.app.hardware import Hardware
     from mixlocal.app.measure import Running
 
 OF_A_MODEL = {
     "model": "-m", "n_prompts": "-p", "n_gens": "-n", "n_depths": "-d", "repetitions": "-r", "warmup": "--warmup",
-    "kv_dtype": "--kv-dtype",
-    "ram": "--ram",
+    "kv_dtype": "--kv-dtype", "ram": "--ram", "device": "--device", "vram": "--vram", "lookahead": "--lookahead",
+    "vary": "--vary",
 }  # fmt: skip
 OF_KERNELS = {"quick": "--quick"}
 PLAIN_COUNT = re.compile(r"[0-9]{1,9}")
@@ -68,8 +72,12 @@ def _tokens(short: str, long: str, name: str, default: str, text: str) -> Callab
 @_tokens("-d", "--n-depth", "n_depths", "0", "Tokens that are in the KV cache already.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Runs of every test.")
 @click.option("--warmup/--no-warmup", default=True, help="First run each test once unmeasured: a prompt, or one token.")
-@kv_dtype_option
+@device_option
+@vram_option
 @ram_option
+@kv_dtype_option
+@lookahead_option
+@click.option("--vary", metavar="NAME=V,...", help="Test with each value: ram=6G,8G,12G; lookahead=on,off; ...")
 @click.option("--kernels", is_flag=True, help="Time the kernels alone, and the memory they read: needs no model.")
 @click.option("--quick", is_flag=True, help="With --kernels: 1 and 512 tokens only, few samples.")
 @click.option(
@@ -110,30 +118,32 @@ def _check_combination(ctx: click.Context, options: Globals, given: dict[str, An
 
 def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, Any], output: str) -> None:
     from mixlocal.app.bench import describe_model, open_bench, run_bench
-    from mixlocal.app.bench_request import BenchRequest
-    from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
+    from mixlocal.app.bench_request import BenchRequest, varied
 
+    runs = varied(run_options(given), given["vary"])
     request = BenchRequest(
-        given["n_prompts"],
-        given["n_gens"],
-        given["n_depths"],
-        threads,
-        given["repetitions"],
-        given["warmup"],
-        given["kv_dtype"] or DEFAULT_KV_DTYPE,
-        ram_budget(given["ram"]),
+        given["n_prompts"], given["n_gens"], given["n_depths"], threads, given["repetitions"], given["warmup"]
     )
-    target = open_bench(given["model"], request, options.folders())
-    settle()
-    columns = model_columns(describe_model(target), request)
-    _print_rows(options, run_bench(target, request), report(output, columns))
+    rows: Report[BenchRow] | None = None
+    for run in runs:
+        target = open_bench(given["model"], request, run, options.folders())
+        settle()
+        for warning in target.run.warnings:
+            warn(options, warning)
+        rows = rows or report(output, model_columns(describe_model(target), request))
+        _print_rows(options, run_bench(target, request), rows)
+        target.run.finish()
+    assert rows is not None
+    rows.end()
 
 
 def _bench_kernels(options: Globals, threads: tuple[int, ...], quick: bool, hardware: Hardware, output: str) -> None:
     from mixlocal.app.bench_kernels import KernelRequest, check_memory, run_kernels
 
     check_memory(hardware)
-    _print_rows(options, run_kernels(KernelRequest(threads, quick)), report(output, kernel_columns()))
+    rows = report(output, kernel_columns())
+    _print_rows(options, run_kernels(KernelRequest(threads, quick)), rows)
+    rows.end()
 
 
 def _print_rows(options: Globals, events: Iterable[Running | Row], rows: Report[Row]) -> None:
@@ -149,7 +159,6 @@ def _print_rows(options: Globals, events: Iterable[Running | Row], rows: Report[
                 rows.add(event)
     finally:
         progress.clear()
-    rows.end()
 
 
 class _Progress:

@@ -27,13 +27,16 @@ def model_columns(model: BenchModel, request: BenchRequest) -> list[Column[Bench
         Column("t/s", lambda row: f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}", 20),
         Column("bytes/token", lambda row: NOTHING if row.bytes_per_token is None else size(row.bytes_per_token)),
         Column("of bandwidth", lambda row: _percent(row.bandwidth_share)),
-        Column("RAM hits", lambda row: _percent(row.ram_hits / max(1, row.ram_hits + row.disk_hits))),
-        Column("disk/token", lambda row: _disk_per_token(row)),
+        Column("experts in RAM", lambda row: f"{row.ram_slots} of {row.n_records}"),
+        Column("RAM hits", lambda row: _percent(row.ram_hits / max(1, row.gpu_hits + row.ram_hits + row.disk_hits))),
+        Column("disk/token", lambda row: size(row.bytes_read // _tokens(row))),
+        Column("stall/token", lambda row: f"{1e3 * row.stall_s / _tokens(row):.1f} ms"),
     ]
 
 
-def _disk_per_token(row: BenchRow) -> str:
-    return size(row.bytes_read // (len(row.samples_ns) * (row.n_prompt or row.n_gen)))
+def _tokens(row: BenchRow) -> int:
+    """Of all repetitions."""
+    return len(row.samples_ns) * (row.n_prompt or row.n_gen)
 
 
 def kernel_columns() -> list[Column[KernelRow]]:

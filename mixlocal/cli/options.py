@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from mixlocal.app.budgets import RunOptions
     from mixlocal.engine.sampling import SamplingParams
     from mixlocal.store.paths import Home
 
@@ -49,32 +50,46 @@ def _remember_json(ctx: click.Context, parameter: click.Parameter, value: bool) 
         ctx.obj = replace(ctx.find_object(Globals) or ctx.obj, as_json=True)
 
 
-def kv_dtype_option(command: Command) -> Command:
-    """`--kv-dtype`; None when not given."""
-    option = click.option(
-        "--kv-dtype",
-        type=click.Choice(["f16", "f32"]),
-        help="The KV cache's numbers; f16 by default, half the memory.",
-    )
-    return option(command)
+def runtime_options(command: Command) -> Command:
+    """Where and with what a model runs; each is None when not given. `run_options` makes a value of them."""
+    options = [
+        click.option("--ctx", "context", type=int, metavar="N", help="Tokens of context; what fits by default."),
+        click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; as trained by default."),
+        device_option,
+        vram_option,
+        ram_option,
+        kv_dtype_option,
+        lookahead_option,
+        click.option("--threads", type=int, metavar="N", help="All physical cores this process may use by default."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-def ram_option(command: Command) -> Command:
-    """`--ram`; None when not given."""
-    option = click.option(
-        "--ram", metavar="SIZE", help="Memory the process may use: 12G, 11GiB, 80%; all that is free by default."
-    )
-    return option(command)
+device_option = click.option(
+    "--device", metavar="NAME", help="cpu, cuda or cuda:N; by default a GPU if there is one that is large enough."
+)
+vram_option = click.option("--vram", metavar="SIZE", help="As --ram, of the GPU's memory.")
+ram_option = click.option(
+    "--ram", metavar="SIZE", help="Memory the process may use: 12G, 11GiB, 80%; all that is free by default."
+)
+kv_dtype_option = click.option(
+    "--kv-dtype", type=click.Choice(["f16", "f32"]), help="The KV cache's numbers; f16 by default, half the memory."
+)
+lookahead_option = click.option(
+    "--lookahead/--no-lookahead",
+    default=None,
+    help="Read experts before they are chosen; by default where a trial shows that it pays.",
+)
 
 
-def ram_budget(text: str | None) -> int | None:
-    """Bytes of `--ram`. Raises `UsageError` for what is no size."""
-    if text is None:
-        return None
-    from mixlocal.app.hardware import probe
-    from mixlocal.app.sizes import parse_size
+def run_options(given: dict[str, Any]) -> RunOptions:
+    """What the user gave of `runtime_options`."""
+    from mixlocal.app.budgets import RunOptions
 
-    return parse_size("--ram", text, probe(Path.cwd()).ram_total)
+    names = ("context", "experts_per_token", "threads", "kv_dtype", "ram", "device", "vram", "lookahead")
+    return RunOptions(**{name: given[name] for name in names if given.get(name) is not None})
 
 
 def settle() -> None:

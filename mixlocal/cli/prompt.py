@@ -13,16 +13,15 @@ import click
 from mixlocal.cli.options import (
     Globals,
     json_option,
-    kv_dtype_option,
     pass_globals,
-    ram_budget,
-    ram_option,
+    run_options,
+    runtime_options,
     sampling_options,
     sampling_params,
     settle,
 )
 from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
-from mixlocal.errors import NotFoundError, UsageError
+from mixlocal.errors import MixlocalError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.session import Chunk, RunStats, Session
@@ -40,11 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--logprobs", type=int, default=0, metavar="K", help="With --json: the K likeliest tokens at each position."
 )
-@click.option("--ctx", type=int, metavar="N", help="Tokens of context; the model's own by default.")
-@click.option("--experts-per-token", type=int, metavar="K", help="Experts a token uses; the model's own by default.")
-@click.option("--threads", type=int, metavar="N", help="Threads; all physical cores this process may use by default.")
-@kv_dtype_option
-@ram_option
+@runtime_options
 @click.option("--stats/--no-stats", default=True, help="Speed and seed on stderr after the answer.")
 @sampling_options
 @json_option
@@ -64,6 +59,7 @@ def prompt(options: Globals, /, text: tuple[str, ...], **given: Any) -> None:
     except KeyboardInterrupt:
         answer.finish = "interrupted"
     request.end(answer)
+    _close(options, session)
     if answer.finish == "interrupted":
         raise KeyboardInterrupt
 
@@ -83,19 +79,10 @@ class _Request:
     def open(self) -> Session:
         """Load the model; smolmix is fetched and built at its first use."""
         from mixlocal.app.session import Session
-        from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
 
         folders = self.options.folders()
         _install_default(self.options, self.given["model"], folders)
-        session = Session.open(
-            self.given["model"],
-            context=self.given["ctx"],
-            experts_per_token=self.given["experts_per_token"],
-            threads=self.given["threads"],
-            kv_dtype=self.given["kv_dtype"] or DEFAULT_KV_DTYPE,
-            ram=ram_budget(self.given["ram"]),
-            folders=folders,
-        )
+        session = Session.load(self.given["model"], run_options(self.given), folders)
         settle()
         for warning in session.warnings:
             warn(self.options, warning)
@@ -177,7 +164,7 @@ class _Answer:
                 "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
             }  # fmt: skip
             body["offload"] = {
-                "ram_hits": stats.experts.ram_hits, "disk_hits": stats.experts.disk_reads,
+                "ram_hits": stats.experts.ram_hits, "disk_hits": stats.experts.disk_hits,
                 "bytes_read": stats.experts.bytes_read, "stall_s": stats.experts.stall_s, "ram_peak": stats.ram_peak,
             }  # fmt: skip
         return body | {"warnings": list(self.session.warnings)}
@@ -190,12 +177,20 @@ class _Answer:
         return token(choice.id, choice.logprob) | {"top": [token(*pair) for pair in choice.top]}
 
 
+def _close(options: Globals, session: Session) -> None:
+    """What cannot be kept for the next start costs it some speed and this answer nothing."""
+    try:
+        session.close()
+    except MixlocalError as error:
+        warn(options, f"what was learnt of the routing is not kept: {error.message}")
+
+
 def _tiers(stats: RunStats) -> str:
     """Where experts were found, if not all in memory."""
     counts = stats.experts
-    if not counts.disk_reads:
+    if not counts.disk_hits:
         return ""
-    share = 100 * counts.ram_hits / (counts.ram_hits + counts.disk_reads)
+    share = 100 * counts.ram_hits / (counts.ram_hits + counts.disk_hits)
     return f"experts RAM {share:.0f}% disk {100 - share:.0f}%, {counts.stall_s:.1f} s waited · "
 
 

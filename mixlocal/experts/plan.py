@@ -1,57 +1,149 @@
-"""Will it fit, and what lies where? Pure arithmetic on byte counts, asked before anything is loaded."""
+"""Will it fit, and what lies where? Pure arithmetic on byte counts, asked before anything is loaded.
+
+`plan`, the loader and everything that reports on them use the same `MemoryPlan`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from mixlocal.errors import MemoryBudgetError
 
-# Interpreter, libraries and the temporaries of one forward pass: 0.3 GB were seen with smolmix and 512 tokens at once.
-BASE_BYTES = 400_000_000
+# Interpreter, libraries, threads: seen 270 to 300 MB.
+BASE_BYTES = 310_000_000
+CUDA_BYTES = 1_500_000_000  # of CUDA's libraries and context in this computer's memory: an estimate, not yet measured
+FEWEST_TOKENS = 4096  # of context that are kept room for before experts are, when none was asked for
+CONTEXT_SHARE = 16  # without a wish, the KV cache may take one part in so many of the budget
+GPU_STAGING = 2  # slots through which an expert passes that is copied to be used once
 
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
-    """What a model takes: the trunk, the KV cache of `context` tokens, and n_records experts of record_bytes each.
+    """What a model takes. kv_token: of the KV cache, per token. record: one expert's. scratch: temporaries of the
+    largest forward pass."""
 
-    layer_records: experts of one layer, which must fit at once.
-    """
-
+    name: str
     trunk: int
-    kv: int
-    context: int
-    n_records: int
-    record_bytes: int
-    layer_records: int
+    kv_token: int
+    max_context: int
+    n_layers: int
+    n_experts: int
+    record: int
+    scratch: int
 
     @property
-    def fixed(self) -> int:
-        return BASE_BYTES + self.trunk + self.kv
+    def n_records(self) -> int:
+        return self.n_layers * self.n_experts
 
-    @property
-    def smallest(self) -> int:
-        """The least memory that it runs in."""
-        return self.fixed + self.layer_records * self.record_bytes
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that this process may use. ram: of its whole resident memory. vram: on the GPU, None without one.
+    free: of memory that nobody uses, `ram` included. context: tokens, None for what fits. sequences: at once."""
+
+    ram: int
+    free: int
+    vram: int | None = None
+    context: int | None = None
+    sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """ram_slots: experts in memory; the others are read from disk when they are chosen."""
+    """What lies where, in bytes and slots of one expert each.
 
-    ram_slots: int
-    all_resident: bool
-
-
-def plan_memory(model: ModelBytes, name: str, ram: int) -> MemoryPlan:
-    """What lies where with `ram` bytes for the whole process.
-
-    Raises `MemoryBudgetError` naming the smallest budget that works.
+    gpu_slots, ram_slots: experts that stay there; the others are read from disk when they are chosen.
+    staging_slots: on the GPU, for experts that are copied to be used once.
+    direct_io: reads pass by the page cache, which has no room for what the slots leave out.
     """
-    if ram < model.smallest:
-        raise MemoryBudgetError(
-            f"{name} needs {model.smallest / 1e9:.1f} GB of memory with a context of {model.context}, "
-            f"and may use {ram / 1e9:.1f} GB",
-            "give it more (--ram), choose a smaller variant (:q4) or a smaller --ctx, or close other programs",
-        )
-    slots = min(model.n_records, (ram - model.fixed) // model.record_bytes)
-    return MemoryPlan(slots, slots == model.n_records)
+
+    name: str
+    on_gpu: bool
+    budget: int
+    context: int
+    sequences: int
+    base_bytes: int
+    trunk_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+    record_bytes: int
+    n_records: int
+    gpu_slots: int
+    ram_slots: int
+    staging_slots: int
+    direct_io: bool
+
+    @property
+    def disk_records(self) -> int:
+        """Experts that have no slot."""
+        return max(0, self.n_records - self.gpu_slots - self.ram_slots)
+
+    @property
+    def share(self) -> float:
+        """Of the experts that have a slot."""
+        return 1 - self.disk_records / self.n_records
+
+    @property
+    def ram_bytes(self) -> int:
+        """Of the process, at its peak."""
+        on_host = self.base_bytes + self.ram_slots * self.record_bytes
+        return on_host if self.on_gpu else on_host + self.trunk_bytes + self.kv_bytes + self.scratch_bytes
+
+    @property
+    def vram_bytes(self) -> int:
+        slots = self.gpu_slots + self.staging_slots
+        return self.trunk_bytes + self.kv_bytes + self.scratch_bytes + slots * self.record_bytes if self.on_gpu else 0
+
+    @property
+    def all_in_ram(self) -> bool:
+        return self.ram_slots == self.n_records
+
+
+def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
+    """What lies where. Raises `MemoryBudgetError` naming the smallest budget that works."""
+    context = budgets.context or _context(model, budgets)
+    kv = context * budgets.sequences * model.kv_token
+    fixed = model.trunk + kv + model.scratch
+    gpu_slots = staging = 0
+    base = BASE_BYTES
+    host = base + fixed
+    if budgets.vram is not None:
+        base += CUDA_BYTES
+        host = base
+        staging = min(GPU_STAGING, model.n_records)
+        gpu_slots = min(_slots(model, budgets.vram - fixed) - staging, model.n_records)
+        if gpu_slots < 0:
+            _refuse(model, "--vram", fixed + staging * model.record, budgets.vram, context)
+    smallest = host + model.n_experts * model.record
+    if budgets.ram < smallest:
+        _refuse(model, "--ram", smallest, budgets.ram, context)
+    ram_slots = max(model.n_experts, min(model.n_records - gpu_slots, _slots(model, budgets.ram - host)))
+    on_disk = max(0, model.n_records - gpu_slots - ram_slots) * model.record
+    used = host + ram_slots * model.record
+    cached = on_disk or ram_slots * model.record  # what a page cache would be asked to keep
+    return MemoryPlan(
+        name=model.name, on_gpu=budgets.vram is not None, budget=budgets.ram, context=context,
+        sequences=budgets.sequences, base_bytes=base, trunk_bytes=model.trunk, kv_bytes=kv,
+        scratch_bytes=model.scratch, record_bytes=model.record, n_records=model.n_records, gpu_slots=gpu_slots,
+        ram_slots=ram_slots, staging_slots=staging, direct_io=budgets.free - used < cached,
+    )  # fmt: skip
+
+
+def _context(model: ModelBytes, budgets: Budgets) -> int:
+    """The model's own, or what a part of the budget holds of it."""
+    whole = budgets.ram if budgets.vram is None else budgets.vram
+    affordable = whole // CONTEXT_SHARE // (model.kv_token * budgets.sequences)
+    return min(model.max_context, max(affordable, FEWEST_TOKENS))
+
+
+def _slots(model: ModelBytes, nbytes: int) -> int:
+    return max(0, nbytes) // model.record
+
+
+def _refuse(model: ModelBytes, option: str, needed: int, given: int, context: int) -> None:
+    raise MemoryBudgetError(
+        f"{model.name} needs at least {option} {ceil(needed / 1e6)}M with a context of {context}, "
+        f"and may use {given // 1_000_000}M",
+        f"give it more ({option}), choose a smaller variant (:q4) or a smaller --ctx, or close other programs",
+    )

@@ -1,6 +1,10 @@
-"""Which expert lies in which slot of memory. Pure bookkeeping on numbers: no tensor and no file.
+"""Which expert lies in which slot of one tier. Pure bookkeeping on numbers: no tensor and no file.
 
 An expert's key is layer * n_experts + expert. One pool of slots serves all layers.
+
+    slot = residency.place(key, keep)  # its own now, and nobody's to read: something is being written there
+    residency.fill(key)                # it may be found, and evicted
+    residency.release(key)             # forgotten
 """
 
 from __future__ import annotations
@@ -9,60 +13,107 @@ from collections.abc import Collection
 
 import numpy as np
 
+from mixlocal.experts.policies import Policy
+
 NOWHERE = -1
 
 
 class Residency:
-    """Aged frequency: the expert with the least uses / (age + 1) goes first (LFRU; age in applied layers since its last
-    use). Uses are remembered of experts that are gone. No layer is robbed of its last slot while another has more.
-
-    Looking up is one read of an array.
+    """When no slot is free, `policy`'s farthest filled expert goes. With `floor` no layer is robbed of its last slot
+    while another has more. Finding is one read of an array.
     """
 
-    def __init__(self, n_layers: int, n_experts: int, n_slots: int) -> None:
+    def __init__(self, n_layers: int, n_experts: int, n_slots: int, policy: Policy, *, floor: bool = True) -> None:
         keys = n_layers * n_experts
-        self._n_experts = n_experts
+        self._n_experts, self._policy, self._floor = n_experts, policy, floor
         self._slot_of = np.full(keys, NOWHERE, dtype=np.int64)
         self._key_in = np.full(n_slots, NOWHERE, dtype=np.int64)
-        self._uses = np.zeros(keys)
-        self._last = np.zeros(keys)
+        self._filled = np.zeros(n_slots, dtype=bool)
         self._held = np.zeros(n_layers, dtype=np.int64)  # slots that each layer has
         self._free = list(range(n_slots))[::-1]
-        self._clock = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def find(self, key: int) -> int:
+        """The slot that holds `key`, or NOWHERE."""
+        slot = int(self._slot_of[key])
+        return slot if slot != NOWHERE and self._filled[slot] else NOWHERE
 
     def slot(self, key: int) -> int:
-        """Where `key` lies, or NOWHERE."""
+        """The slot that is `key`'s, filled or not, or NOWHERE."""
         return int(self._slot_of[key])
 
-    def use(self, keys: Collection[int]) -> None:
-        """These are used now, wherever they lie."""
-        self._clock += 1
-        for key in keys:
-            self._uses[key] += 1
-            self._last[key] = self._clock
+    def place(self, key: int, keep: Collection[int]) -> int:
+        """A slot for `key`, which has none: a free one, or that of an expert that goes and is not in `keep`.
 
-    def assign(self, key: int, keep: Collection[int]) -> int:
-        """A slot for `key`, which lies nowhere: a free one, or that of an expert that goes and is not in `keep`."""
+        NOWHERE if every slot is being written to or in `keep`.
+        """
         slot = self._free.pop() if self._free else self._evict(keep)
-        self._slot_of[key], self._key_in[slot] = slot, key
+        if slot == NOWHERE:
+            return NOWHERE
+        self._filled[slot] = False
+        self._key_in[slot] = key
+        self._slot_of[key] = slot
         self._held[key // self._n_experts] += 1
         return slot
+
+    def fill(self, key: int) -> None:
+        """What was written into `key`'s slot is `key`."""
+        self._filled[self._slot_of[key]] = True
 
     def release(self, key: int) -> None:
         """Forget `key`, whose slot holds nothing that may be used."""
         slot = self.slot(key)
-        self._slot_of[key], self._key_in[slot] = NOWHERE, NOWHERE
-        self._held[key // self._n_experts] -= 1
+        self._forget(slot)
         self._free.append(slot)
 
+    def held(self) -> list[int]:
+        """All that may be found."""
+        keys: list[int] = self._key_in[self._filled].tolist()
+        return keys
+
+    def farthest(self, handicapped: Collection[int], handicap: float) -> int:
+        """The filled key that is thought to be needed last; those `handicapped` count as so many times farther."""
+        distance = self._policy.distance(self._key_in)
+        for key in handicapped:
+            if self._slot_of[key] != NOWHERE:
+                distance[self._slot_of[key]] *= handicap
+        distance[~self._filled] = -np.inf
+        return int(self._key_in[distance.argmax()])
+
+    def repair(self) -> None:
+        """After an interrupt between any two steps of the above: only filled slots count, the others are free."""
+        self._slot_of[:] = NOWHERE
+        self._held[:] = 0
+        self._free = []
+        for slot, key in enumerate(self._key_in.tolist()):
+            if self._filled[slot] and key != NOWHERE and self._slot_of[key] == NOWHERE:
+                self._slot_of[key] = slot
+                self._held[key // self._n_experts] += 1
+            else:
+                self._filled[slot], self._key_in[slot] = False, NOWHERE
+                self._free.append(slot)
+
     def _evict(self, keep: Collection[int]) -> int:
-        keys = self._key_in
-        worth = self._uses[keys] / (self._clock - self._last[keys] + 1)
-        worth = np.where(self._held[keys // self._n_experts] > 1, worth, worth + self._clock + 1)  # a layer's last slot
-        worth[[slot for key in keep if (slot := self.slot(key)) != NOWHERE]] = np.inf
-        slot = int(worth.argmin())
-        assert worth[slot] < np.inf, "fewer slots than experts in use"
-        gone = int(keys[slot])
-        self._slot_of[gone] = NOWHERE
-        self._held[gone // self._n_experts] -= 1
+        distance = self._policy.distance(self._key_in)
+        robbed = self._held[self._key_in // self._n_experts] <= 1
+        if self._floor and robbed.any():
+            distance[robbed] = -1 - 1 / (2 + distance[robbed])  # behind all others, in their own order
+        distance[~self._filled] = -np.inf
+        for key in keep:
+            if self._slot_of[key] != NOWHERE:
+                distance[self._slot_of[key]] = -np.inf
+        slot = int(distance.argmax())
+        if distance[slot] == -np.inf:
+            return NOWHERE
+        self._forget(slot)
         return slot
+
+    def _forget(self, slot: int) -> None:
+        key = int(self._key_in[slot])
+        self._filled[slot] = False
+        self._key_in[slot], self._slot_of[key] = NOWHERE, NOWHERE
+        self._held[key // self._n_experts] -= 1

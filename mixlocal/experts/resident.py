@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mixlocal.experts.runtime import ExpertCounts, Routing
+from mixlocal.experts.runtime import ExpertCounts, Guess, Routing
+from mixlocal.experts.trace import RoutingTrace
+from mixlocal.experts.transfer import QUEUE_DEPTH
 from mixlocal.kernels import Expert, Kernels
 from mixlocal.quant.packing import read_record
 from mixlocal.store.expert_file import ExpertFile
-
-READERS = 2
+from mixlocal.store.memory import page_memory
 
 
 class ResidentExperts:
@@ -22,17 +23,20 @@ class ResidentExperts:
         layout, per_layer = manifest.layout, manifest.n_experts
         self._kernels = kernels
         self.counts = ExpertCounts()
-        buffer = torch.empty((len(manifest.records), manifest.stride), dtype=torch.uint8)
-        with ThreadPoolExecutor(READERS) as pool:
+        self.trace = RoutingTrace(manifest.n_layers, per_layer)
+        buffer = page_memory(manifest.experts_bytes).view(len(manifest.records), manifest.stride)
+        with ThreadPoolExecutor(QUEUE_DEPTH) as pool:
             list(pool.map(lambda i: file.read(i // per_layer, i % per_layer, buffer[i]), range(len(buffer))))
         experts = [kernels.bind_expert(read_record(layout, record)) for record in buffer]
         self.layers: list[dict[int, Expert]] = [
             dict(enumerate(experts[first : first + per_layer])) for first in range(0, len(experts), per_layer)
         ]
 
-    def apply(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def apply(self, layer: int, x: torch.Tensor, routing: Routing, guess: Guess | None = None) -> torch.Tensor:
         """See `ExpertRuntime.apply`."""
-        self.counts.ram_hits += len(set(routing.experts.flatten().tolist()))
+        chosen = routing.experts.flatten().tolist()
+        self.counts.ram_hits += len(set(chosen))
+        self.trace.add(layer, chosen, len(x))
         return self._kernels.moe_ffn(x, routing.experts, routing.weights, self.layers[layer])
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ Weights are bound once: shapes and types are checked there, and the calls that f
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -130,16 +131,21 @@ class Kernels(Protocol):
 
 
 def select(device: str = "cpu") -> Kernels:
-    """The fastest kernels for `device`: compiled ones on a CPU if they were built, else the reference.
+    """The fastest kernels for `device`, "cpu", "cuda" or "cuda:N": compiled ones on a CPU if they were built, else the
+    reference; bitsandbytes on a GPU.
 
-    MIXLOCAL_ISA forces one on a CPU: "reference" or a name of `cpu.native_isas()`. Raises `UsageError` if this machine
-    does not have it.
+    MIXLOCAL_ISA forces one on a CPU: "reference" or a name of `cpu.native_isas()`. Raises `UsageError` for what this
+    machine does not have.
     """
     from mixlocal.kernels.cpu import CpuKernels
+    from mixlocal.kernels.cuda import CudaKernels, check_device
     from mixlocal.kernels.isa import chosen_isa
     from mixlocal.kernels.reference import ReferenceKernels
 
+    if re.fullmatch(r"cuda(:(0|[1-9][0-9]*))?", device):
+        check_device(device)
+        return CudaKernels(device)
     if device != "cpu":
-        raise UsageError(f"no kernels for device {device!r}", "use cpu")
+        raise UsageError(f"no kernels for device {device!r}", "use cpu, cuda or cuda:N")
     isa = chosen_isa()
     return CpuKernels(isa) if isa else ReferenceKernels()

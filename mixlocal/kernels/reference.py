@@ -44,9 +44,21 @@ class ReferenceKernels:
         """See `Kernels.linear`."""
         check_linear(x, weight)
         out = torch.empty(len(x), weight.shape[0], device=x.device)
-        for part, exact in _exact_rows(weight):
+        for part, exact in self.exact_rows(weight):
             out[:, part] = x @ exact.T
         return out
+
+    def exact_rows(self, weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A weight as float32, some rows at a time."""
+        if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
+            yield slice(0, len(weight)), weight
+        elif isinstance(weight, QuantTensor) and weight.spec.four_bit:
+            pairs = _pair_table(weight)
+            for part in row_chunks(*weight.shape):
+                yield part, _four_bit_rows(weight, pairs, part)
+        else:
+            for part in row_chunks(*weight.shape):
+                yield part, dequantize_rows(weight, part)
 
     def bind_attention(self, weights: AttentionWeights, shape: AttentionShape) -> Attention:
         """See `Kernels.bind_attention`."""
@@ -73,18 +85,22 @@ class ReferenceKernels:
     ) -> torch.Tensor:
         """See `Kernels.moe_ffn`; experts add up in the order of their ids."""
         check_routing(x, expert_ids, weights)
-        missing = set(expert_ids.flatten().tolist()) - set(experts)
+        picks_by_expert = _picks_by_expert(expert_ids)
+        missing = picks_by_expert.keys() - experts.keys()
         if missing:
             raise missing_experts(missing)
         out = torch.zeros_like(x)
         flat_weights = weights.reshape(-1, 1)
-        for expert_id, picks in _picks_by_expert(expert_ids):
+        for expert_id, picks in picks_by_expert.items():
             tokens = picks // expert_ids.shape[1]
-            expert = cast(ExpertWeights, experts[expert_id])
-            chosen = x[tokens]
-            hidden = silu(self.linear(chosen, expert.w1)) * self.linear(chosen, expert.w3)
-            out.index_add_(0, tokens, self.linear(hidden, expert.w2) * flat_weights[picks])
+            out.index_add_(0, tokens, self.expert(x[tokens], experts[expert_id]) * flat_weights[picks])
         return out
+
+    def expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
+        """w2(silu(w1 x) * (w3 x)) of one bound expert, float32 [N, D] -> [N, D]."""
+        weights = cast(ExpertWeights, expert)
+        hidden = silu(self.linear(x, weights.w1)) * self.linear(x, weights.w3)
+        return self.linear(hidden, weights.w2)
 
 
 class ReferenceAttention:
@@ -105,7 +121,7 @@ class ReferenceAttention:
         key = rotate(heads(weights.k, shape.n_kv_heads), step)
         store(cache, step.start, key, heads(weights.v, shape.n_kv_heads))
         keys, values = stored(cache, step.start + len(hidden), shape.head_dim)
-        mask = visible(step.start, len(hidden), shape.window)
+        mask = visible(step.start, len(hidden), shape.window, hidden.device)
         mixed = scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, enable_gqa=True)
         hidden += self._kernels.linear(mixed[0].transpose(0, 1).flatten(1), weights.o)
 
@@ -146,16 +162,17 @@ def rotate(x: torch.Tensor, step: Step) -> torch.Tensor:
     return x * step.cos + torch.cat((-right, left), dim=-1) * step.sin
 
 
-def visible(start: int, count: int, window: int | None) -> torch.Tensor:
+def visible(start: int, count: int, window: int | None, device: torch.device) -> torch.Tensor:
     """bool [T, start + T]: which positions each of the tokens at start, start + 1, ... attends to."""
-    positions, keys = torch.arange(start, start + count)[:, None], torch.arange(start + count)
+    keys = torch.arange(start + count, device=device)
+    positions = keys[start:, None]
     mask = keys <= positions
     return mask if window is None else mask & (keys > positions - window)
 
 
 def store(cache: KeyValues, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Put keys and values [KH, T, d] at positions start, start + 1, ..."""
-    positions = torch.arange(start, start + keys.shape[1])
+    positions = torch.arange(start, start + keys.shape[1], device=keys.device)
     cache.keys[:, positions // PANEL, :, positions % PANEL] = keys.transpose(0, 1).to(cache.keys.dtype)
     cache.values[:, positions, : values.shape[2]] = values.to(cache.values.dtype)
 
@@ -164,19 +181,6 @@ def stored(cache: KeyValues, count: int, head_dim: int) -> tuple[torch.Tensor, t
     """The first `count` keys and values, float32 [KH, count, d]."""
     keys = cache.keys[:, : -(-count // PANEL)].transpose(2, 3).flatten(1, 2)[:, :count]
     return keys.float(), cache.values[:, :count, :head_dim].float()
-
-
-def _exact_rows(weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight as float32, some rows at a time."""
-    if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
-        yield slice(0, len(weight)), weight
-    elif isinstance(weight, QuantTensor) and weight.spec.four_bit:
-        pairs = _pair_table(weight)
-        for part in row_chunks(*weight.shape):
-            yield part, _four_bit_rows(weight, pairs, part)
-    else:
-        for part in row_chunks(*weight.shape):
-            yield part, dequantize_rows(weight, part)
 
 
 def _pair_table(weight: QuantTensor) -> torch.Tensor:
@@ -196,8 +200,7 @@ def _four_bit_rows(weight: QuantTensor, pairs: torch.Tensor, part: slice) -> tor
     return (padded * scales.unsqueeze(-1)).flatten(1)[:, :columns]
 
 
-def _picks_by_expert(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _picks_by_expert(expert_ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """Each distinct id in ascending order, with the places t * K + k that chose it."""
     flat = expert_ids.flatten()
-    for expert_id in sorted(set(flat.tolist())):
-        yield expert_id, (flat == expert_id).nonzero().flatten()
+    return {expert_id: (flat == expert_id).nonzero().flatten() for expert_id in sorted(set(flat.tolist()))}

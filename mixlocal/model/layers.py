@@ -8,14 +8,15 @@ from mixlocal.kernels import Step
 from mixlocal.model.config import ModelConfig
 
 
-def make_step(config: ModelConfig, start: int, count: int) -> Step:
-    """Positions `start` to `start + count - 1`."""
-    return Step(start, *rotary_tables(config, torch.arange(start, start + count)))
+def make_step(config: ModelConfig, start: int, count: int, device: torch.device | str = "cpu") -> Step:
+    """Positions `start` to `start + count - 1`. The tables are computed on the CPU: the same bits on every device."""
+    cos, sin = rotary_tables(config, torch.arange(start, start + count))
+    return Step(start, cos.to(device), sin.to(device))
 
 
 def rotary_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, [T, d] (RoFormer, arXiv 2104.09864; the two halves of a head form the pairs, as in Hugging Face)."""
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

@@ -15,11 +15,15 @@ from mixlocal.store.model_store import ModelStore
 SCALES_SUFFIX = ".scales"
 
 
-def load_trunk(store: ModelStore, config: ModelConfig) -> TrunkWeights:
-    """Read and check the trunk. Raises `CorruptError` if it does not fit the config."""
-    arrays = store.read_trunk()
-    spec = store.manifest.recipe.attention_spec
-    weights = {t.name: _weight(arrays, t, spec, str(store.folder)) for t in trunk_tensors(config)}
+def load_trunk(store: ModelStore, config: ModelConfig, device: str = "cpu") -> TrunkWeights:
+    """Read and check the trunk, and put it on `device`. Raises `CorruptError` if it does not fit the config."""
+    arrays = {name: array.to(device) for name, array in store.read_trunk().items()}
+    return trunk_weights(arrays, config, store.manifest.recipe.attention_spec, str(store.folder))
+
+
+def trunk_weights(arrays: dict[str, torch.Tensor], config: ModelConfig, spec: QuantSpec, where: str) -> TrunkWeights:
+    """The trunk from its arrays by name. Raises `CorruptError` beginning with `where` if they do not fit the config."""
+    weights = {t.name: _weight(arrays, t, spec, where) for t in trunk_tensors(config)}
 
     def exact(name: str) -> torch.Tensor:
         weight = weights[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -33,7 +34,8 @@ class TrunkWeights:
 
 
 class Transformer:
-    """Blueprint, trunk and experts; the state of a sequence is the KVCache that the caller owns."""
+    """Blueprint, trunk and experts; the state of a sequence is the KVCache that the caller owns. Everything is computed
+    where the trunk lies, and where `experts` says."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class Transformer:
         self.experts = experts
         eps, shape = config.norm_eps, attention_shape(config)
         self._embedding = trunk.embedding
+        self._device = trunk.norm.device
         self._attention = [kernels.bind_attention(layer.attention, shape) for layer in trunk.layers]
         self._routers = [
             kernels.bind_router(RouterWeights(layer.ffn_norm, layer.router, eps, self.top_k)) for layer in trunk.layers
@@ -58,16 +61,21 @@ class Transformer:
     def forward(self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False) -> torch.Tensor:
         """Logits after the tokens `ids` [T], which are added to the cache: float32 [V], or [T, V] with `all_logits`."""
         count = len(ids)
-        cache.reserve(count)
-        step = make_step(self.config, cache.length, count)
-        hidden = embed(self._embedding, ids)
+        assert cache.length + count <= cache.limit, (cache.length, count, cache.limit)
+        step = make_step(self.config, cache.length, count, self._device)
+        hidden = embed(self._embedding, ids.to(self._device))
         for i, (attention, router) in enumerate(zip(self._attention, self._routers, strict=True)):
             attention.add_to(hidden, cache.layers[i], step)
             normed, experts, weights = router.choose(hidden)
-            hidden += self.experts.apply(i, normed, Routing(experts, weights))
+            guess = partial(self._guess, i + 1, hidden) if i + 1 < len(self._routers) else None
+            hidden += self.experts.apply(i, normed, Routing(experts, weights), guess)
         cache.advance(count)
         logits = self._head.logits(hidden if all_logits else hidden[-1:])
-        return logits if all_logits else logits[0]
+        return (logits if all_logits else logits[0]).cpu()
+
+    def _guess(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What `layer` would choose if nothing lay between: most of what it will choose. int64 [T, K]."""
+        return self._routers[layer].choose(hidden)[1]
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:

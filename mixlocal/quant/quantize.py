@@ -67,9 +67,9 @@ def dequantize_rows(weight: Weight, part: slice) -> torch.Tensor:
     return dequantize(QuantTensor(weight.spec, (len(rows), weight.shape[1]), rows, weight.scales[part]))
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with about CHUNK_ELEMENTS numbers each."""
-    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+def row_chunks(rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices of rows with about `elements` numbers each."""
+    step = max(1, elements // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

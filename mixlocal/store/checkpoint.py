@@ -141,13 +141,14 @@ def read_into(path: Path, offset: int, view: memoryview, *, once: bool = False) 
             os.close(descriptor)
 
 
-def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
-    """As `read_into`, from an open descriptor."""
+def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview, alignment: int = 1) -> None:
+    """As `read_into`, from an open descriptor; of a direct read only the file's end leaves pieces of `alignment`."""
     while view:
         count = os.preadv(descriptor, [view], offset)
-        if count == 0:
+        if count == 0 or count % alignment:
             raise CorruptError(
-                f"{path}: ends at byte {offset}, {len(view)} bytes early", "it was truncated; fetch it again"
+                f"{path}: ends at byte {offset + count}, {len(view) - count} bytes early",
+                "it was truncated; fetch it again",
             )
         view, offset = view[count:], offset + count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 import xxhash
 
 from mixlocal.errors import CorruptError
+from mixlocal.quant.format import RECORD_ALIGNMENT
 from mixlocal.quant.packing import byte_view
 from mixlocal.store.checkpoint import read_exactly
 from mixlocal.store.durable import named_errors
 from mixlocal.store.manifest import Manifest
 
 EXPERTS_FILE = "experts.bin"
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def record_digest(model: str, layer: int, expert: int, record: torch.Tensor) -> str:
@@ -25,27 +29,38 @@ def record_digest(model: str, layer: int, expert: int, record: torch.Tensor) -> 
 
 
 class ExpertFile:
-    """Reads records of one store. Safe from many threads: it keeps no position."""
+    """Reads records of one store. Safe from many threads: it keeps no position.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    direct: past the page cache, into slots that start on a page; False where the file system has no such reads.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, direct: bool = False) -> None:
         """Raises `CorruptError` if the file has not the size the manifest implies."""
         self.path = folder / EXPERTS_FILE
         self.manifest = manifest
         with named_errors(self.path):
             if not self.path.exists():
                 raise CorruptError(f"{self.path}: missing", "remove the model and pull it again")
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._descriptor, self.direct = open_to_read(self.path, direct)
         size = os.fstat(self._descriptor).st_size
         if size != manifest.experts_bytes:
             self.close()
             raise CorruptError(f"{self.path}: {size} bytes instead of {manifest.experts_bytes}", "pull the model again")
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> None:
-        """Fill `slot`, uint8 [stride], with a record and check it. Raises `CorruptError`."""
+        """Fill `slot`, uint8 [stride], with a record and check it. A disk's error is worth a second try.
+
+        Raises `CorruptError`.
+        """
         manifest = self.manifest
         index = layer * manifest.n_experts + expert
         with named_errors(self.path):
-            read_exactly(self._descriptor, self.path, index * manifest.stride, byte_view(slot))
+            try:
+                self._fill(index, slot)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                self._fill(index, slot)
         if record_digest(manifest.name, layer, expert, slot) != manifest.records[index].xxh3:
             raise CorruptError(
                 f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again"
@@ -53,3 +68,18 @@ class ExpertFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _fill(self, index: int, slot: torch.Tensor) -> None:
+        alignment = RECORD_ALIGNMENT if self.direct else 1
+        read_exactly(self._descriptor, self.path, index * self.manifest.stride, byte_view(slot), alignment)
+
+
+def open_to_read(path: Path, direct: bool) -> tuple[int, bool]:
+    """A descriptor, and whether it really reads past the page cache. Raises `OSError`."""
+    if direct and _DIRECT:
+        try:
+            return os.open(path, _FLAGS | _DIRECT), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # that is how a file system says it cannot
+                raise
+    return os.open(path, _FLAGS), False

@@ -60,8 +60,8 @@ class ModelStore:
         start = data_start(path, bytes(view[:8]), size)
         return {ref.name: _tensor(data, ref) for ref in tensor_refs(path, bytes(view[8:start]), size)}
 
-    def experts(self) -> ExpertFile:
-        return ExpertFile(self.folder, self.manifest)
+    def experts(self, *, direct: bool = False) -> ExpertFile:
+        return ExpertFile(self.folder, self.manifest, direct=direct)
 
     def verify(self) -> Iterator[tuple[int, int]]:
         """Read every byte; yields (done, total) bytes. Raises `CorruptError` at the first damage."""

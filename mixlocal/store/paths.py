@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """data: models.  cache: downloads, which may be deleted at any time."""
+    """data: models.  cache: downloads and what was learnt of a model's routing, which may be deleted at any time."""
 
     data: Path
     cache: Path
@@ -29,6 +29,10 @@ class Home:
     @property
     def downloads(self) -> Path:
         return self.cache / "downloads"
+
+    def profile(self, name: str, variant: str) -> Path:
+        """The file with what was learnt of a model's routing."""
+        return self.cache / "routing" / f"{check_name(name)}.{variant}.json"
 
     def store(self, name: str, variant: str) -> Path:
         """The folder of one model and variant. Raises `UsageError` if the name could leave the models folder."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -13,12 +12,15 @@ import torch
 from stores import quantized
 
 from mixlocal.app import bench, bench_cases, bench_kernels, bench_weights
-from mixlocal.app.bench import BenchRow, describe_model, open_bench, run_bench, weight_bytes_per_token
+from mixlocal.app.bench import BenchRow, describe_model, open_bench, run_bench
 from mixlocal.app.bench_kernels import KernelRequest, KernelRow, run_kernels
 from mixlocal.app.bench_request import BenchRequest
+from mixlocal.app.budgets import RunOptions
+from mixlocal.app.footprint import stored_bytes, weight_bytes_per_token
 from mixlocal.app.measure import Running, sample_bandwidth
-from mixlocal.app.model_run import ModelRun, model_bytes, store_config
+from mixlocal.app.model_run import ModelRun, store_config
 from mixlocal.errors import MemoryBudgetError, UsageError
+from mixlocal.experts.plan import BASE_BYTES
 from mixlocal.kernels.isa import native_isas
 from mixlocal.model.transformer import Transformer
 from mixlocal.quant.format import KINDS, QuantSpec, QuantTensor
@@ -45,8 +47,8 @@ def request_of(prompts=(5,), gens=(3,), depths=(0,), threads=(1,), repetitions=2
     return BenchRequest(prompts, gens, depths, threads, repetitions, warmup)
 
 
-def rows_of(store: Path, request: BenchRequest) -> list[BenchRow]:
-    target = open_bench(str(store), request, home())
+def rows_of(store: Path, request: BenchRequest, options: RunOptions = RunOptions()) -> list[BenchRow]:  # noqa: B008
+    target = open_bench(str(store), request, options, home())
     return [event for event in run_bench(target, request) if isinstance(event, BenchRow)]
 
 
@@ -98,8 +100,8 @@ HEAD_8 = 260 * 64 + 260 * 4
 def test_bytes_per_token_by_hand(tmp_path: Path, tied: bool, attention: str, top_k: int, expected: int) -> None:
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=tied)
     store = quantized(checkpoint, tmp_path / "store", attention=attention)
-    target = open_bench(str(store.folder), request_of(), home())
-    assert weight_bytes_per_token(store.manifest, target.run.config, top_k) == expected
+    target = open_bench(str(store.folder), request_of(), RunOptions(), home())
+    assert weight_bytes_per_token(target.run.config, store.manifest.recipe, top_k) == expected
     if top_k == target.model.top_k:
         assert describe_model(target).bytes_per_token == expected
 
@@ -107,9 +109,11 @@ def test_bytes_per_token_by_hand(tmp_path: Path, tied: bool, attention: str, top
 def test_experts_found_in_memory_and_read_from_disk(store: Path) -> None:
     everything = rows_of(store, request_of())
     assert all(row.ram_hits > 0 == row.disk_hits == row.bytes_read for row in everything)
-    stride = open_bench(str(store), request_of(), home()).run.store.manifest.stride
-    needs = model_bytes(ModelStore.open(store), store_config(ModelStore.open(store)), 5, torch.float16)
-    for row in rows_of(store, replace(request_of(), ram=needs.smallest)):
+    stride = open_bench(str(store), request_of(), RunOptions(), home()).run.store.manifest.stride
+    opened = ModelStore.open(store)
+    needs = stored_bytes(opened.manifest, store_config(opened), torch.float16)
+    smallest = BASE_BYTES + needs.trunk + 5 * needs.kv_token + needs.scratch + needs.n_experts * needs.record
+    for row in rows_of(store, request_of(), RunOptions(ram=smallest)):
         assert row.bytes_read == row.disk_hits * stride > 0
 
 
@@ -137,7 +141,7 @@ def test_what_the_model_computes(store: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_progress_names_the_test(store: Path) -> None:
     request = request_of((600,), (2,), (600,))
-    target = open_bench(str(store), request, home())
+    target = open_bench(str(store), request, RunOptions(), home())
     running = [event for event in run_bench(target, request) if isinstance(event, Running)]
     assert [(r.what, r.done, r.total) for r in running] == [
         ("filling the cache to d600", 512, 600), ("filling the cache to d600", 600, 600),
@@ -149,7 +153,7 @@ def test_progress_names_the_test(store: Path) -> None:
 def test_what_does_not_fit_is_refused_before_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRun, "load", lambda *_: pytest.fail("loaded although a test cannot fit"))
     with pytest.raises(UsageError, match="tg1000 @ d1049 needs a context of 2049 tokens and the model has 2048"):
-        open_bench(str(store), request_of((5,), (1000,), (0, 1049)), home())
+        open_bench(str(store), request_of((5,), (1000,), (0, 1049)), RunOptions(), home())
 
 
 @pytest.mark.parametrize(

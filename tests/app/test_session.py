@@ -124,13 +124,10 @@ def test_the_lack_of_compiled_kernels_is_said(store: Path, monkeypatch: pytest.M
 
 def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlocal.app import model_run as module
-    from mixlocal.app.hardware import Hardware
 
-    little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
-    monkeypatch.setattr(module, "probe", lambda _: little)
-    monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("loaded although it cannot fit"))
-    with pytest.raises(MemoryBudgetError, match=r"needs 0\.4 GB"):
-        Session.open(str(store))
+    monkeypatch.setattr(module, "load_trunk", lambda *_: pytest.fail("loaded although it cannot fit"))
+    with pytest.raises(MemoryBudgetError, match=r"needs at least --ram 3\d\dM with a context of 2048"):
+        Session.open(str(store), ram="300M")
 
 
 def test_more_memory_than_is_free_is_not_taken_in_silence(store: Path) -> None:

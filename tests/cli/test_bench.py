@@ -23,13 +23,15 @@ COLUMNS = [
     "t/s",
     "bytes/token",
     "of bandwidth",
+    "experts in RAM",
     "RAM hits",
     "disk/token",
+    "stall/token",
 ]
 FIELDS = [
     "model", "variant", "model_size", "model_n_params", "backend", "n_threads", "test", "n_prompt", "n_gen", "n_depth",
-    "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts", "ram_hits", "disk_hits",
-    "bytes_read", "bytes_per_token", "read_bandwidth", "bandwidth_share",
+    "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts", "ram_budget", "ram_slots",
+    "n_records", "gpu_hits", "ram_hits", "disk_hits", "bytes_read", "stall_s", "prefetch_recall", "bytes_per_token", "read_bandwidth", "bandwidth_share",
 ]  # fmt: skip
 
 

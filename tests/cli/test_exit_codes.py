@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pytest
 import tiny
 
 from mixlocal.app import model_run
-from mixlocal.app.hardware import Hardware
 from mixlocal.errors import MixlocalError
 from mixlocal.store import durable, lock
 
@@ -64,10 +64,17 @@ def test_6_disk_full_while_writing(run, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_7_memory(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    little = Hardware(cores=2, ram_total=1 << 30, ram_free=1 << 20, disk_free=1 << 30)
-    monkeypatch.setattr(model_run, "probe", lambda _: little)
-    check(run("prompt", "-m", "tiny", "x"), 7, "tiny needs 0.4 GB of memory")
+@pytest.mark.parametrize("command", [("prompt", "-m", "tiny", "x"), ("plan", "tiny"), ("bench", "-m", "tiny")])
+def test_7_memory(run, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest budget that works is named, and works."""
+    few = ("-p", "2", "-n", "2", "-r", "1") if command[0] == "bench" else ()
+    with monkeypatch.context() as patched:
+        patched.setattr(model_run, "load_trunk", lambda *_: pytest.fail("loaded although it cannot fit"))
+        result = run(*command, *few, "--ram", "300M")
+    check(result, 7, "tiny:q4 needs at least --ram 3")
+    smallest = re.search(r"--ram (\d+M)", result.err)
+    assert smallest is not None
+    assert run(*command, *few, "--ram", smallest[1]).code == 0
 
 
 def test_13_locked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

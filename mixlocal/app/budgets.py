@@ -1,0 +1,112 @@
+"""What a run may use of this machine, and what its user should hear about that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import psutil
+
+from mixlocal.app.hardware import Gpu, Hardware
+from mixlocal.app.sizes import parse_size
+from mixlocal.errors import MemoryBudgetError, UsageError
+from mixlocal.experts.plan import Budgets, MemoryPlan, ModelBytes, plan_memory
+from mixlocal.kernels import select
+from mixlocal.model.config import ModelConfig
+from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
+
+FREE_SHARE = 0.95  # of the memory that nobody uses: what one takes when not told, so that the system keeps some
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a model.
+
+    context: tokens, at most the model's own; None for what the memory holds. experts_per_token: None for what the model
+    was trained with. threads: None for every physical core this process may use. kv_dtype: a key of `KV_DTYPES`. ram:
+    what the whole process may use, in bytes or as people write it ("12G", "80%"); None for all that is free. device:
+    "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one that holds what is outside the experts. vram: as ram,
+    of the GPU. lookahead: read what the next layer is thought to need, where it pays.
+    """
+
+    context: int | None = None
+    experts_per_token: int | None = None
+    threads: int | None = None
+    kv_dtype: str = DEFAULT_KV_DTYPE
+    ram: int | str | None = None
+    device: str = "auto"
+    vram: int | str | None = None
+    lookahead: bool = True
+
+    @property
+    def gpu_name(self) -> str:
+        """The GPU meant, if one is used."""
+        return "cuda:0" if self.device == "auto" else self.device
+
+
+def plan_run(model: ModelBytes, hardware: Hardware, options: RunOptions, sequences: int = 1) -> MemoryPlan:
+    """What lies where. With the device left to us, without a GPU that is too small.
+
+    Raises `MemoryBudgetError` if it cannot run, `UsageError` for a device or size that makes no sense.
+    """
+    budgets = _budgets(hardware, options, sequences)
+    try:
+        return plan_memory(model, budgets)
+    except MemoryBudgetError:
+        if options.device != "auto" or options.vram is not None or budgets.vram is None:
+            raise
+    return plan_memory(model, replace(budgets, vram=None))
+
+
+def plan_notes(plan: MemoryPlan, hardware: Hardware, config: ModelConfig, options: RunOptions) -> tuple[str, ...]:
+    """What a user should hear about a plan before its first token."""
+    notes = []
+    wanted = _size("--ram", options.ram, hardware.ram_total)
+    if wanted is not None and wanted > plan.budget:
+        notes.append(f"--ram is {wanted / 1e9:.1f} GB and {plan.budget / 1e9:.1f} GB are free: using those")
+    if plan.disk_records:
+        notes.append(
+            f"{plan.gpu_slots + plan.ram_slots} of {plan.n_records} experts fit in memory; the others are read from "
+            "disk when they are chosen (mixlocal plan tells how fast that is)"
+        )
+    if options.context is None and plan.context < config.max_context:
+        notes.append(
+            f"the context is {plan.context} tokens of the model's {config.max_context}, so that more experts fit; "
+            "--ctx sets another"
+        )
+    return tuple(notes)
+
+
+def check_context(config: ModelConfig, context: int | None) -> None:
+    """Raises `UsageError` for a context that the model does not have."""
+    if context is not None and not 1 <= context <= config.max_context:
+        raise UsageError(f"--ctx {context} is outside 1 to {config.max_context}, the model's own context")
+
+
+def _budgets(hardware: Hardware, options: RunOptions, sequences: int) -> Budgets:
+    free = hardware.ram_free + psutil.Process().memory_info().rss  # what this process has taken already is its own
+    gpu = _gpu(hardware, options)
+    ram = _within("--ram", options.ram, hardware.ram_total, free)
+    vram = _within("--vram", options.vram, gpu.total, gpu.free) if gpu else None
+    return Budgets(ram, free, vram, options.context, sequences)
+
+
+def _gpu(hardware: Hardware, options: RunOptions) -> Gpu | None:
+    """The one to use. Raises `UsageError` if a certain one is asked for and not there, or VRAM where there is none."""
+    if options.device != "auto":
+        select(options.device)
+    if options.device == "cpu" or (options.device == "auto" and not hardware.gpus):
+        if options.vram is not None:
+            raise UsageError("--vram needs a GPU, and none is used", "mixlocal doctor tells what this machine has")
+        return None
+    return hardware.gpus[int(options.gpu_name.partition(":")[2] or 0)]
+
+
+def _within(option: str, asked: int | str | None, whole: int, free: int) -> int:
+    most = int(free * FREE_SHARE)
+    wanted = _size(option, asked, whole)
+    return most if wanted is None else min(wanted, most)
+
+
+def _size(option: str, asked: int | str | None, whole: int) -> int | None:
+    """Bytes of a size or of a share of `whole`. Raises `UsageError` for what is neither."""
+    return parse_size(option, asked, whole) if isinstance(asked, str) else asked

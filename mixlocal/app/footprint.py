@@ -1,0 +1,75 @@
+"""What a model takes of memory and bandwidth, from its blueprint and its recipe: nothing needs to be there yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from mixlocal.engine.generate import PREFILL_CHUNK
+from mixlocal.experts.plan import ModelBytes
+from mixlocal.model.config import ModelConfig
+from mixlocal.model.kv_cache import kv_bytes_per_token
+from mixlocal.model.tensors import EMBEDDING, TrunkTensor, trunk_tensors
+from mixlocal.quant.format import ExpertLayout, QuantSpec
+from mixlocal.store.manifest import Manifest, Recipe
+from mixlocal.store.model_store import TRUNK_FILE
+
+FLOAT = torch.float32.itemsize
+
+
+def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.dtype) -> ModelBytes:
+    """Of a model that may be no more than a config.json."""
+    trunk = sum(_tensor_bytes(tensor, recipe.attention_spec) for tensor in trunk_tensors(config))
+    layout = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
+    return ModelBytes(
+        name=name,
+        trunk=trunk,
+        kv_token=kv_bytes_per_token(config, kv_dtype),
+        max_context=config.max_context,
+        n_layers=config.n_layers,
+        n_experts=config.router.n_experts,
+        record=layout.stride,
+        scratch=scratch_bytes(config),
+    )
+
+
+def stored_bytes(manifest: Manifest, config: ModelConfig, kv_dtype: torch.dtype) -> ModelBytes:
+    """Of a model store."""
+    found = model_bytes(f"{manifest.name}:{manifest.variant}", config, manifest.recipe, kv_dtype)
+    assert (found.record, found.n_records) == (manifest.stride, len(manifest.records))
+    return replace(found, trunk=manifest.files[TRUNK_FILE].nbytes)
+
+
+def scratch_bytes(config: ModelConfig) -> int:
+    """Temporaries of the largest pass, a chunk of a prompt: hidden states, queries, experts' hidden rows, logits."""
+    rows = 6 * config.dim + 3 * config.n_heads * config.head_dim
+    experts = config.router.top_k * (2 * config.dim + 2 * config.expert_hidden)
+    return FLOAT * (PREFILL_CHUNK * (rows + experts) + 4 * config.vocab_size)
+
+
+def trunk_bytes_per_token(config: ModelConfig, recipe: Recipe) -> int:
+    """What decoding one token reads of the trunk; the embedding counts only where it is the head too."""
+    return sum(
+        _tensor_bytes(tensor, recipe.attention_spec)
+        for tensor in trunk_tensors(config)
+        if tensor.name != EMBEDDING or config.tied_embeddings
+    )
+
+
+def weight_bytes_per_token(config: ModelConfig, recipe: Recipe, top_k: int) -> int:
+    """Bytes of weights that decoding one token reads: `top_k` experts a layer, and the trunk with its output head.
+
+    The embedding's one row, the KV cache and activations do not count.
+    """
+    expert = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
+    parts = sum(part.nbytes for part in expert.parts)
+    return config.n_layers * top_k * parts + trunk_bytes_per_token(config, recipe)
+
+
+def _tensor_bytes(tensor: TrunkTensor, spec: QuantSpec) -> int:
+    if not tensor.is_matrix:
+        return prod(tensor.shape) * FLOAT
+    rows, columns = tensor.shape
+    return spec.code_bytes((rows, columns)) + prod(spec.scales_shape((rows, columns))) * spec.scale_dtype.itemsize

@@ -1,0 +1,130 @@
+"""What `plan` tells: what of a model lies where on this machine, how fast it will be, and what would change that."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixlocal.app.budgets import RunOptions, check_context, plan_run
+from mixlocal.app.catalog import Variant, find_entry, is_folder, recipe_for, split_variant
+from mixlocal.app.footprint import model_bytes, stored_bytes
+from mixlocal.app.hardware import Hardware, probe
+from mixlocal.app.installed import find_store
+from mixlocal.app.model_run import kv_dtype, store_config
+from mixlocal.app.rehearsal import rehearsal_bytes, rehearse
+from mixlocal.errors import NotFoundError
+from mixlocal.experts.forecast import Forecast, Speeds, forecast, look_up
+from mixlocal.experts.plan import MemoryPlan, ModelBytes
+from mixlocal.experts.profile import load_profile
+from mixlocal.kernels.isa import set_threads
+from mixlocal.model.arch import read_config
+from mixlocal.model.config import ModelConfig
+from mixlocal.store.disk_speed import record_seconds
+from mixlocal.store.expert_file import EXPERTS_FILE
+from mixlocal.store.manifest import MANIFEST, Recipe
+from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home
+from mixlocal.store.strict_json import read_json_object
+
+DEFAULT_VARIANT: Variant = "q4"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is planned for; store: None where no more than its config.json is known."""
+
+    name: str
+    variant: str
+    config: ModelConfig
+    recipe: Recipe
+    store: ModelStore | None
+
+    def nbytes(self, dtype: torch.dtype) -> ModelBytes:
+        if self.store is not None:
+            return stored_bytes(self.store.manifest, self.config, dtype)
+        return model_bytes(f"{self.name}:{self.variant}", self.config, self.recipe, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """forecast: None where it was not measured; `unmeasured` says why. disk: where the disk's speed was measured."""
+
+    subject: Subject
+    hardware: Hardware
+    plan: MemoryPlan
+    forecast: Forecast | None
+    disk: str
+    unmeasured: str = ""
+
+
+def find_subject(model: str, folders: Home) -> Subject:
+    """An installed model, a folder with a config.json, or a catalogue name. Raises `NotFoundError`."""
+    name, variant = split_variant(model)
+    path = Path(name).expanduser()
+    if is_folder(name) and path.is_dir() and not (path / MANIFEST).is_file() and (path / "config.json").is_file():
+        config = read_config(read_json_object(path / "config.json"), str(path / "config.json"))
+        return _bare(path.absolute().name, variant, config)
+    try:
+        store = ModelStore.open(find_store(model, folders))
+    except NotFoundError:
+        entry = find_entry(name)
+        if entry is None or entry.config is None:
+            raise
+        return _bare(name, variant or entry.variant, read_config(entry.config, f"models.toml: {name}"))
+    manifest = store.manifest
+    return Subject(manifest.name, manifest.variant, store_config(store), manifest.recipe, store)
+
+
+def look_into(subject: Subject, options: RunOptions, folders: Home, sequences: int = 1) -> Outlook:
+    """Plan and measure. Raises `MemoryBudgetError` if it cannot run, `UsageError` for an option it does not have."""
+    config = subject.config
+    check_context(config, options.context)
+    hardware = probe(folders.models)
+    set_threads(options.threads or hardware.cores)
+    plan = plan_run(subject.nbytes(kv_dtype(options.kv_dtype)), hardware, options, sequences)
+    profile = load_profile(
+        folders.profile(subject.name, subject.variant), config.n_layers, config.router.n_experts
+    )
+    hits = profile.expected_hits(plan.share) if profile else None
+    look = look_up(plan, config.n_layers, options.experts_per_token or config.router.top_k, hits)
+    if plan.on_gpu:
+        return Outlook(subject, hardware, plan, None, "", "with a GPU this version does not measure it")
+    needed = rehearsal_bytes(config, subject.recipe)
+    if needed > hardware.ram_free // 2:
+        return Outlook(subject, hardware, plan, None, "", f"measuring takes {needed / 1e9:.1f} GB of memory")
+    times = rehearse(config, subject.recipe, sequences)
+    record, disk = _record_time(subject, plan)
+    speeds = Speeds(sequences, times.layer, times.rest, record)
+    found = forecast(look, speeds)
+    return Outlook(subject, hardware, plan, found, disk, "" if found else "nothing to measure the disk's speed with")
+
+
+def _bare(name: str, variant: Variant | None, config: ModelConfig) -> Subject:
+    variant = variant or DEFAULT_VARIANT
+    return Subject(name, variant, config, recipe_for(variant), None)
+
+
+def _record_time(subject: Subject, plan: MemoryPlan) -> tuple[float | None, str]:
+    """Seconds of a record's read, as the runtime would read it; and of what file, for people."""
+    if not plan.disk_records:
+        return None, ""
+    if subject.store is not None:
+        how = "past the page cache" if plan.direct_io else "where the page cache may help"
+        path = subject.store.folder / EXPERTS_FILE
+        return record_seconds(path, plan.record_bytes, direct=plan.direct_io), f"measured on the model itself, {how}"
+    library = _large_file()
+    if library is None:
+        return None, ""
+    piece = min(plan.record_bytes, library.stat().st_size // 4 // 4096 * 4096)
+    seconds = record_seconds(library, piece, direct=True)
+    scaled = seconds * plan.record_bytes / piece if seconds else None
+    return scaled, "measured on the disk that PyTorch lies on"
+
+
+def _large_file() -> Path | None:
+    """Something to read where no model is: PyTorch's largest library."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("*"), key=lambda path: path.stat().st_size)
+    return libraries[-1] if libraries and sys.platform != "win32" else None

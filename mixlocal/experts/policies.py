@@ -1,0 +1,118 @@
+"""Which expert is needed again soonest? Eviction takes the one whose next use lies farthest ahead.
+
+A policy learns from every routing and answers in applied layers: a pass through L layers is L of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SLOW = 0.02  # weight of the newest token in a lasting rate: half of it is of the last 34 tokens
+FAST = 0.7  # in a momentary one: half of it is of the last token
+FORGET = 0.999  # of what was learnt about the two, per applied layer
+LEAST_RATE = 1e-3
+
+
+class Policy(Protocol):
+    def use(self, layer: int, counts: Ints, tokens: int) -> None:
+        """`counts[e]` of `tokens` chose expert e of `layer`, which is applied now."""
+
+    def distance(self, keys: Ints) -> Floats:
+        """How far ahead the next use of each key is thought to be; a key is layer * n_experts + expert."""
+
+
+class AgedFrequency:
+    """Expected distance from how often an expert was chosen, older tokens counting less, and from where its layer is.
+
+    Two rates are kept of each expert, both the share of tokens that chose it, aged exponentially, one slowly and one
+    fast; how much the fast one counts is learnt by least squares from what was chosen next, since models and texts
+    differ in how often consecutive tokens share an expert. A pass of T tokens uses an expert of rate r with
+    p = 1 - (1 - r)^T, so its next use is expected L (1/p - 1) applied layers after its layer's next turn. LFRU's
+    f / (age + 1) has the same two ingredients; for large passes, which use nearly every expert in a cycle, the layer
+    just applied goes first, which is Belady's choice for a cycle and where LRU would miss every time.
+    """
+
+    def __init__(self, n_layers: int, n_experts: int, rates: Floats | None = None) -> None:
+        """rates: float64 [n_layers, n_experts], what is known beforehand; else all alike."""
+        self._n_layers, self._n_experts = n_layers, n_experts
+        self._slow = np.full((n_layers, n_experts), 1 / n_experts) if rates is None else rates.copy()
+        self._fast = self._slow.copy()
+        self._covered, self._spread = 0.1, 1.0  # sums of the regression; their quotient is the fast rate's weight
+        self._layer = n_layers - 1
+        self._extra = self._extra_distance(self._slow, 1).reshape(-1)
+        self._turns = np.arange(n_layers * n_experts) // n_experts
+
+    def use(self, layer: int, counts: Ints, tokens: int) -> None:
+        slow, fast = self._slow[layer], self._fast[layer]
+        if tokens == 1:
+            ahead = fast - slow
+            self._covered = FORGET * self._covered + float(ahead @ (counts - slow))
+            self._spread = FORGET * self._spread + float(ahead @ ahead)
+        share = counts / tokens
+        slow += (share - slow) * (1 - (1 - SLOW) ** tokens)
+        fast += (share - fast) * (1 - (1 - FAST) ** tokens)
+        weight = min(1.0, max(0.0, self._covered / self._spread))
+        first = layer * self._n_experts
+        expected = slow + weight * (fast - slow)
+        self._extra[first : first + self._n_experts] = self._extra_distance(expected, tokens)
+        self._layer = layer
+
+    def distance(self, keys: Ints) -> Floats:
+        turn: Floats = (self._turns[keys] - self._layer - 1) % self._n_layers + 1 + self._extra[keys]
+        return turn
+
+    def _extra_distance(self, rates: Floats, tokens: int) -> Floats:
+        """Applied layers beyond a layer's next turn until an expert of it is used."""
+        rates = np.maximum(rates, LEAST_RATE)
+        used = rates if tokens == 1 else 1 - (1 - rates) ** tokens
+        extra: Floats = self._n_layers / used - self._n_layers
+        return extra
+
+
+class LeastRecentlyUsed:
+    """The longer ago its last use, the farther its next: for comparison."""
+
+    def __init__(self, n_layers: int, n_experts: int) -> None:
+        self._n_experts = n_experts
+        self._last = np.zeros(n_layers * n_experts)
+        self._clock = 0
+
+    def use(self, layer: int, counts: Ints, tokens: int) -> None:
+        self._clock += 1
+        self._last[layer * self._n_experts + counts.nonzero()[0]] = self._clock
+
+    def distance(self, keys: Ints) -> Floats:
+        return self._clock - self._last[keys]
+
+
+class Belady:
+    """Knows the future: the optimum that no policy can beat (Belady 1966), from a recorded trace. For comparison."""
+
+    def __init__(self, n_layers: int, n_experts: int, trace: Sequence[tuple[int, Ints]]) -> None:
+        """trace: (layer, the chosen experts) of every applied layer, in order."""
+        self._n_experts, self._step = n_experts, 0
+        self._next = np.full(n_layers * n_experts, np.inf)
+        self._after: list[tuple[Ints, Floats]] = []  # of each step: its keys, and the steps of their next uses
+        upcoming = np.full(n_layers * n_experts, np.inf)
+        for step in range(len(trace) - 1, -1, -1):
+            layer, experts = trace[step]
+            keys = layer * n_experts + experts
+            self._after.append((keys, upcoming[keys]))
+            upcoming[keys] = step
+        self._after.reverse()
+
+    def use(self, layer: int, counts: Ints, tokens: int) -> None:
+        keys, after = self._after[self._step]
+        assert np.array_equal(np.sort(keys), layer * self._n_experts + counts.nonzero()[0]), "not the recorded trace"
+        self._next[keys] = after
+        self._step += 1
+
+    def distance(self, keys: Ints) -> Floats:
+        return self._next[keys] - self._step

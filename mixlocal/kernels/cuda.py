@@ -1,0 +1,134 @@
+"""Kernels for a GPU: bitsandbytes reads four-bit weights as a store holds them, PyTorch does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeGuard
+
+import torch
+
+from mixlocal.errors import UsageError
+from mixlocal.kernels.checks import check_linear
+from mixlocal.kernels.reference import ReferenceKernels
+from mixlocal.quant.format import BLOCK_SIZE, Kind, QuantSpec, QuantTensor, Weight
+from mixlocal.quant.quantize import row_chunks
+
+FOUR_BIT: tuple[Kind, ...] = ("nf4", "fp4")
+FEW_TOKENS = 7  # as many float32 rows as bitsandbytes multiplies straight from the codes
+CHUNK_ELEMENTS = 1 << 24  # dequantized at once for more tokens: 64 MB, and few launches for a matrix of an expert
+ALIGNMENT = 16  # bytes that its kernel loads at once
+TOLERANCE = 0.01  # of a product's norm: wrong kernels are off by about 1, a setting that allows TF32 by 1e-3
+INSTALL = "pip install 'bitsandbytes>=0.50' into mixlocal's environment, or use cpu"
+DIAGNOSE = f"python -m bitsandbytes tells what it finds; {INSTALL}"
+
+
+class CudaKernels(ReferenceKernels):
+    """The reference's arithmetic, float32 throughout, with four-bit codes read by bitsandbytes where they lie.
+
+    Half precision is further off (float16 by 3e-4 of a product's norm, bfloat16 by 3e-3) and gains nothing for few
+    tokens, which wait for the codes. int8 and bfloat16 weights are multiplied as the reference does it: LLM.int8 would
+    round a whole row of activations to int8, 1 % off, and 7 % where two columns are 40 times the others.
+    """
+
+    def __init__(self, device: str) -> None:
+        """Raises `UsageError` if bitsandbytes is missing or does not compute right on `device`."""
+        self._device = device
+        _import_bitsandbytes()
+        check_products(self, device)
+
+    @property
+    def name(self) -> str:
+        return self._device
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        check_linear(x, weight)
+        if not (0 < len(x) <= FEW_TOKENS and _readable(weight) and _aligned(x)):
+            return super().linear(x, weight)
+        absmax, kind = _float_scales(weight.scales), weight.spec.kind
+        out: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, weight.codes, weight.shape, absmax, BLOCK_SIZE, kind)
+        return out
+
+    def exact_rows(self, weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `ReferenceKernels.exact_rows`."""
+        if not _readable(weight):
+            yield from super().exact_rows(weight)
+            return
+        for part in row_chunks(*weight.shape, CHUNK_ELEMENTS):
+            codes, absmax = weight.codes[part], _float_scales(weight.scales[part])
+            shape, kind = (len(codes), weight.shape[1]), weight.spec.kind
+            yield part, torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK_SIZE, kind, shape, torch.float32)
+
+
+def _readable(weight: Weight) -> TypeGuard[QuantTensor]:
+    """Whether bitsandbytes can take the arrays of a four-bit weight as they are.
+
+    Its blocks run over the flattened matrix, ours along each row: the same where rows are whole blocks. Its kernels
+    trust that there are codes, dense and aligned.
+    """
+    return (
+        isinstance(weight, QuantTensor)
+        and weight.spec.four_bit
+        and weight.shape[1] % BLOCK_SIZE == 0
+        and weight.codes.numel() > 0
+        and weight.codes.is_contiguous()
+        and _aligned(weight.codes)
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """PyTorch's allocators align the beginning of every storage by more."""
+    return tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
+
+
+def _float_scales(scales: torch.Tensor) -> torch.Tensor:
+    """As bitsandbytes takes them, dense. Converted at every use, for a slot of memory holds one expert after another;
+    16-bit scales are a sixteenth of the bytes of the codes that they go with."""
+    return scales.float().flatten()
+
+
+def _import_bitsandbytes() -> None:
+    """Registers its operators with PyTorch. Raises `UsageError` if it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"GPUs need bitsandbytes: {error}", INSTALL) from error
+
+
+def check_products(kernels: ReferenceKernels, device: str) -> None:
+    """Every way to multiply by four-bit weights, over every byte of codes, compared with the reference.
+
+    Raises `UsageError` if one fails or is off, so that an installation whose kernels do not fit the GPU is found here
+    and not in the text that a model writes.
+    """
+    for kind in FOUR_BIT:
+        for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1):
+            try:
+                off = _product_error(kernels, kind, tokens, device)
+            except (AttributeError, RuntimeError) as error:  # an operator is not there, or fails
+                reason = str(error).partition("\n")[0]
+                raise UsageError(f"bitsandbytes does not compute on {device}: {reason}", DIAGNOSE) from error
+            if not off < TOLERANCE:
+                wrong = f"bitsandbytes multiplies {kind} weights wrongly on {device}: they are {off:.2g} off"
+                raise UsageError(wrong, DIAGNOSE)
+
+
+def _product_error(kernels: ReferenceKernels, kind: Kind, tokens: int, device: str) -> float:
+    """Norm of the difference to the reference's product, over that product's norm."""
+    rows, columns = 8, 1088  # every byte of codes, and more than a warp's 32 lanes take at once
+    codes = (torch.arange(rows * columns // 2, device=device) % 256).to(torch.uint8).view(rows, -1)
+    scales = torch.linspace(0.5, 2.0, rows * columns // BLOCK_SIZE, device=device).view(rows, -1)
+    weight = QuantTensor(QuantSpec(kind, 32), (rows, columns), codes, scales)
+    x = torch.linspace(-1.0, 1.5, tokens * columns, device=device).view(tokens, columns)
+    expected = ReferenceKernels().linear(x, weight)
+    return float((kernels.linear(x, weight) - expected).norm() / expected.norm())
+
+
+def check_device(device: str) -> None:
+    """Raises `UsageError` unless `device`, "cuda" or "cuda:N", is a GPU that PyTorch can use here."""
+    if not torch.cuda.is_available():
+        reason = "nvidia-smi shows if the driver sees one" if torch.version.cuda else "it was built without CUDA"
+        raise UsageError(f"{device}: PyTorch finds no GPU", f"{reason}; use cpu")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise UsageError(f"there is no {device}: PyTorch finds {count} GPU{'s' * (count > 1)}", "the first is cuda:0")
