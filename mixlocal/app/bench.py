@@ -93,14 +93,19 @@ class BenchTarget:
     model: Transformer
 
 
-def open_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> BenchTarget:
-    """Load `model` as `options` says, with room for the longest test and the first of its threads.
+def prepare_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> ModelRun:
+    """`model` as `options` says, with room for the longest test and the first of its threads; nothing is loaded.
 
-    Raises `NotFoundError` if it is not installed, and before loading `UsageError` if a test does not fit its context.
+    Raises `NotFoundError` if it is not installed, `UsageError` if a test does not fit its context.
     """
     store = ModelStore.open(find_store(model, folders))
     request.check_context(store_config(store).max_context)
-    run = ModelRun(store, replace(options, context=request.context, threads=request.threads[0]), folders)
+    return ModelRun(store, replace(options, context=request.context, threads=request.threads[0]), folders)
+
+
+def open_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> BenchTarget:
+    """Load what `prepare_bench` prepares."""
+    run = prepare_bench(model, request, options, folders)
     return BenchTarget(run, run.load())
 
 

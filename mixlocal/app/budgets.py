@@ -82,6 +82,14 @@ def check_context(config: ModelConfig, context: int | None) -> None:
         raise UsageError(f"--ctx {context} is outside 1 to {config.max_context}, the model's own context")
 
 
+def check_top_k(config: ModelConfig, count: int | None) -> None:
+    """Raises `UsageError` for experts per token that a layer does not have."""
+    if count is not None and not 1 <= count <= config.router.n_experts:
+        raise UsageError(
+            f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer"
+        )
+
+
 def _budgets(hardware: Hardware, options: RunOptions, sequences: int) -> Budgets:
     free = hardware.ram_free + psutil.Process().memory_info().rss  # what this process has taken already is its own
     gpu = _gpu(hardware, options)

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
 
-import torch
-
 from mixlocal import __version__
-from mixlocal.app.hardware import existing_parent, probe
+from mixlocal.app.hardware import Hardware, existing_parent, probe
 from mixlocal.app.measure import sample_bandwidth
 from mixlocal.app.model_run import NO_KERNELS_COST, REFERENCE_COST
-from mixlocal.errors import UsageError
+from mixlocal.errors import MixlocalError, UsageError
+from mixlocal.kernels import select
 from mixlocal.kernels.isa import ISA_VARIABLE, MISSING, chosen_isa, native_isas, set_threads
+from mixlocal.store.disk_speed import record_seconds
+from mixlocal.store.expert_file import EXPERTS_FILE
+from mixlocal.store.model_store import ModelStore, find_stores
 from mixlocal.store.paths import Home
 
 LIBRARIES = ("torch", "tokenizers", "sentencepiece", "safetensors")
@@ -44,11 +46,12 @@ def checkup(folders: Home) -> list[Finding]:
         ),
         Finding("good", "libraries", libraries),
         _kernels(),
-        _gpu(),
+        *_gpus(hardware),
         Finding("good", "processor", f"{hardware.cores} physical cores this process may use"),
         Finding("good", "memory", f"{hardware.ram_free / 1e9:.1f} GB free of {hardware.ram_total / 1e9:.1f} GB"),
         *([bandwidth] if bandwidth else []),
         _disk(folders, hardware.disk_free),
+        *_storage(folders),
     ]
 
 
@@ -77,10 +80,34 @@ def _bandwidth(cores: int) -> Finding | None:
     return Finding("good", "bandwidth", f"{max(rates) / 1e9:.0f} GB/s of memory read by {cores} threads")
 
 
-def _gpu() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("lack", "GPU", torch.cuda.get_device_name(0), "this version computes on the processor only")
-    return Finding("lack", "GPU", "none", "everything works on the processor, at the speed of its memory")
+def _gpus(hardware: Hardware) -> list[Finding]:
+    none = Finding("lack", "GPU", "none", "everything works on the processor, at the speed of its memory")
+    found = []
+    for index, gpu in enumerate(hardware.gpus):
+        what = f"{gpu.name}, {gpu.free / 1e9:.1f} GB free of {gpu.total / 1e9:.1f} GB"
+        try:
+            select(f"cuda:{index}")
+        except UsageError as error:
+            found.append(Finding("bad", "GPU", what, f"{error.message}; {error.hint}"))
+        else:
+            found.append(Finding("good", "GPU", what))
+    return found or [none]
+
+
+def _storage(folders: Home) -> list[Finding]:
+    """What experts that do not fit in memory wait for. Measured on a model that is here, if there is one."""
+    stores = [store for store in find_stores(folders.models) if isinstance(store, ModelStore)]
+    if not stores:
+        return []
+    largest = max(stores, key=lambda store: store.manifest.experts_bytes)
+    record = largest.manifest.stride
+    try:
+        seconds = record_seconds(largest.folder / EXPERTS_FILE, record, direct=True)
+    except MixlocalError as error:
+        return [Finding("bad", "disk speed", error.message, error.hint)]
+    if not seconds:
+        return []
+    return [Finding("good", "disk speed", f"{record / seconds / 1e6:.0f} MB/s, reads of {record / 1e6:.1f} MB")]
 
 
 def _disk(folders: Home, free: int) -> Finding:

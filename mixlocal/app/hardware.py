@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 UNLIMITED = 1 << 62
+THREAD_BYTES = 450_000_000  # of address space: glibc reserves 64 MB a thread, and 8 MB of stack
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -44,7 +47,7 @@ def probe(folder: Path) -> Hardware:
     return Hardware(
         cores=max(1, min(physical_cores(TOPOLOGY), _cgroup_cores())),
         ram_total=total,
-        ram_free=min(memory.available, free),
+        ram_free=max(0, min(memory.available, free, _addresses())),
         disk_free=shutil.disk_usage(existing_parent(folder)).free,
         gpus=_gpus(),
     )
@@ -59,6 +62,15 @@ def _gpus() -> tuple[Gpu, ...]:
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(torch.cuda.get_device_name(index), total, free))
     return tuple(found)
+
+
+def _addresses() -> int:
+    """Bytes that this process may still map under its RLIMIT_AS (ulimit -v), but for threads' stacks and heaps."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return UNLIMITED
+    used: int = psutil.Process().memory_info().vms
+    return limit - used - THREAD_BYTES
 
 
 def physical_cores(topology: str) -> int:
@@ -79,20 +91,21 @@ def _siblings(topology: str, processor: int) -> str:
 
 
 def _cgroup_cores() -> int:
-    """Whole processors' worth of time that this cgroup may use, rounded up; without a limit, beyond any machine."""
-    for folder in _cgroup_folders("", CGROUP):
+    """Whole processors' worth of time that this process's cgroup and all above it may use, rounded up; without a
+    limit, beyond any machine."""
+    v2 = [(folder / "cpu.max",) for folder in _cgroup_folders("", CGROUP)]
+    v1 = [
+        (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us") for folder in _cgroup_folders("cpu", CGROUP / "cpu")
+    ]
+    cores = UNLIMITED
+    for files in [*v2, *v1]:
         try:
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = " ".join(file.read_text() for file in files).split()
         except (OSError, ValueError):
             continue
-        if quota != "max":
-            return math.ceil(int(quota) / int(period))
-    try:
-        v1 = CGROUP / "cpu"
-        quota, period = (v1 / "cpu.cfs_quota_us").read_text(), (v1 / "cpu.cfs_period_us").read_text()
-    except OSError:
-        return UNLIMITED
-    return math.ceil(int(quota) / int(period)) if int(quota) > 0 else UNLIMITED
+        if quota not in ("max", "-1"):
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def existing_parent(folder: Path) -> Path:
@@ -127,7 +140,7 @@ def _cgroup_memory() -> tuple[int, int]:
 def _cgroup_folders(controller: str, root: Path) -> list[Path]:
     """This process's own cgroup and all above it up to `root`, where it is mounted. controller: "" for version 2."""
     try:
-        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        lines = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
     except OSError:
         lines = []
     paths = [path for number, names, path in lines if controller in names.split(",") and (controller or number == "0")]

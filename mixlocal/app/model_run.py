@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from mixlocal.app.budgets import RunOptions, check_context, plan_notes, plan_run
+from mixlocal.app.budgets import RunOptions, check_context, check_top_k, plan_notes, plan_run
 from mixlocal.app.footprint import stored_bytes
 from mixlocal.app.hardware import probe
 from mixlocal.errors import MemoryBudgetError, RefusedError, UsageError
@@ -149,12 +149,9 @@ def _warnings(config: ModelConfig, options: RunOptions) -> tuple[str, ...]:
 
 def _top_k_warning(config: ModelConfig, options: RunOptions) -> tuple[str, ...]:
     count, trained = options.experts_per_token, config.router.top_k
+    check_top_k(config, count)
     if count is None or count == trained:
         return ()
-    if not 1 <= count <= config.router.n_experts:
-        raise UsageError(
-            f"--experts-per-token {count} is outside 1 to {config.router.n_experts}, the experts of a layer"
-        )
     effect = "more reduces quality and speed" if count > trained else "fewer reduces quality and is faster"
     return (f"{count} experts per token; the model was trained with {trained}: {effect}",)
 

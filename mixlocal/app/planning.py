@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mixlocal.app.budgets import RunOptions, check_context, plan_run
+from mixlocal.app.budgets import RunOptions, check_context, check_top_k, plan_run
 from mixlocal.app.catalog import Variant, find_entry, is_folder, recipe_for, split_variant
 from mixlocal.app.footprint import model_bytes, stored_bytes
 from mixlocal.app.hardware import Hardware, probe
@@ -22,6 +22,7 @@ from mixlocal.experts.profile import load_profile
 from mixlocal.kernels.isa import set_threads
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
+from mixlocal.model.tensors import EXPERT_PARTS, expert_shape
 from mixlocal.store.disk_speed import record_seconds
 from mixlocal.store.expert_file import EXPERTS_FILE
 from mixlocal.store.manifest import MANIFEST, Recipe
@@ -82,29 +83,45 @@ def look_into(subject: Subject, options: RunOptions, folders: Home, sequences: i
     """Plan and measure. Raises `MemoryBudgetError` if it cannot run, `UsageError` for an option it does not have."""
     config = subject.config
     check_context(config, options.context)
+    check_top_k(config, options.experts_per_token)
+    router = replace(config.router, top_k=options.experts_per_token or config.router.top_k)
     hardware = probe(folders.models)
-    set_threads(options.threads or hardware.cores)
+    set_threads(hardware.cores if options.threads is None else options.threads)
     plan = plan_run(subject.nbytes(kv_dtype(options.kv_dtype)), hardware, options, sequences)
-    profile = load_profile(
-        folders.profile(subject.name, subject.variant), config.n_layers, config.router.n_experts
-    )
-    hits = profile.expected_hits(plan.share) if profile else None
-    look = look_up(plan, config.n_layers, options.experts_per_token or config.router.top_k, hits)
+    look = look_up(plan, config.n_layers, router.top_k, _learnt_hits(subject, plan, folders))
     if plan.on_gpu:
         return Outlook(subject, hardware, plan, None, "", "with a GPU this version does not measure it")
     needed = rehearsal_bytes(config, subject.recipe)
     if needed > hardware.ram_free // 2:
         return Outlook(subject, hardware, plan, None, "", f"measuring takes {needed / 1e9:.1f} GB of memory")
-    times = rehearse(config, subject.recipe, sequences)
-    record, disk = _record_time(subject, plan)
-    speeds = Speeds(sequences, times.layer, times.rest, record)
+    speeds, disk = measure_speeds(replace(subject, config=replace(config, router=router)), plan, sequences)
     found = forecast(look, speeds)
     return Outlook(subject, hardware, plan, found, disk, "" if found else "nothing to measure the disk's speed with")
 
 
+def measure_speeds(subject: Subject, plan: MemoryPlan, sequences: int) -> tuple[Speeds, str]:
+    """As they are now; and of what file the disk's speed is, for people."""
+    times = rehearse(subject.config, subject.recipe, sequences)
+    record, disk = _record_time(subject, plan)
+    return Speeds(sequences, times.layer, times.rest, record), disk
+
+
 def _bare(name: str, variant: Variant | None, config: ModelConfig) -> Subject:
+    """Raises `RefusedError` for widths that the variant cannot be made of."""
     variant = variant or DEFAULT_VARIANT
-    return Subject(name, variant, config, recipe_for(variant), None)
+    recipe = recipe_for(variant)
+    for part in EXPERT_PARTS:
+        recipe.expert_spec.check_shape(f"{name}:{variant}: {part}", expert_shape(config, part))
+    return Subject(name, variant, config, recipe, None)
+
+
+def _learnt_hits(subject: Subject, plan: MemoryPlan, folders: Home) -> float | None:
+    """Share of look-ups found in memory; None where nothing was learnt, or the model is not here to learn of."""
+    if subject.store is None:
+        return None
+    n_layers, n_experts = subject.config.n_layers, subject.config.router.n_experts
+    profile = load_profile(folders.profile(subject.name, subject.variant), n_layers, n_experts)
+    return profile.expected_hits(plan.share) if profile else None
 
 
 def _record_time(subject: Subject, plan: MemoryPlan) -> tuple[float | None, str]:
@@ -127,4 +144,4 @@ def _record_time(subject: Subject, plan: MemoryPlan) -> tuple[float | None, str]
 def _large_file() -> Path | None:
     """Something to read where no model is: PyTorch's largest library."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("*"), key=lambda path: path.stat().st_size)
-    return libraries[-1] if libraries and sys.platform != "win32" else None
+    return libraries[-1].resolve() if libraries and sys.platform != "win32" else None

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypedDict, Unpack
 
+import torch
+
 from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.installed import find_store
@@ -35,7 +37,7 @@ from mixlocal.store.paths import Home, home
 
 @dataclass(frozen=True, slots=True)
 class RunStats:
-    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak in bytes.
+    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak and vram_peak in bytes.
 
     experts: what the expert runtime did meanwhile.
     """
@@ -47,6 +49,7 @@ class RunStats:
     prefill_s: float
     decode_s: float
     ram_peak: int
+    vram_peak: int
     experts: ExpertCounts
 
     @property
@@ -206,7 +209,7 @@ class _Clock:
         first = self._first or now
         return RunStats(
             self._prompt_tokens, self._tokens, self._load_s, first - self._start, self._prefilled - self._start,
-            now - first, ram_peak(), self._counts.since(self._before),
+            now - first, ram_peak(), vram_peak(), self._counts.since(self._before),
         )  # fmt: skip
 
 
@@ -229,6 +232,11 @@ def _rest(text: TextStream, scanner: StopScanner) -> str:
 def with_seed(params: SamplingParams) -> SamplingParams:
     """`params` with a seed: its own, or one drawn now, so that every run can be replayed."""
     return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
+
+
+def vram_peak() -> int:
+    """Most GPU memory that this process had at once, in bytes; of the GPU it computes on."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def ram_peak() -> int:

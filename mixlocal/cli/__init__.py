@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import resource
 import signal
 import sys
 from types import FrameType, TracebackType
@@ -17,6 +18,7 @@ from mixlocal.cli.options import Globals
 from mixlocal.cli.render import print_error
 from mixlocal.errors import MemoryBudgetError, MixlocalError, UsageError
 
+LEAST_ADDRESSES = 1_200_000_000  # seen: 0.9 GB for a tiny model, most of it reserved and never touched
 # command -> (module below mixlocal.cli, one line of help): `--help` imports none of them.
 COMMANDS = {
     "pull": ("pull", "Get a model: fetch, quantize, verify."),
@@ -61,7 +63,19 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, home: str | None, quiet: bool, color: str, as_json: bool, debug: bool) -> None:
     """Run Mixtral 8x7B and other mixture-of-experts models on this computer."""
+    _check_address_space()
     ctx.obj = Globals(home=home, quiet=quiet, color=color, as_json=as_json, debug=debug)
+
+
+def _check_address_space() -> None:
+    """NumPy's OpenBLAS never returns from a shortage while it is imported: say it before that."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESSES:
+        raise MemoryBudgetError(
+            f"this process may address {limit / 1e9:.1f} GB (ulimit -v), and its libraries alone take "
+            f"{LEAST_ADDRESSES / 1e9:.1f}",
+            "raise the limit; --ram bounds the memory that is really used",
+        )
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -28,7 +28,7 @@ from mixlocal.cli.options import (
 )
 from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say, warn
 from mixlocal.cli.report import Report, Row, report
-from mixlocal.errors import UsageError
+from mixlocal.errors import MixlocalError, UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.bench import BenchRow
@@ -117,13 +117,15 @@ def _check_combination(ctx: click.Context, options: Globals, given: dict[str, An
 
 
 def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, Any], output: str) -> None:
-    from mixlocal.app.bench import describe_model, open_bench, run_bench
+    from mixlocal.app.bench import describe_model, open_bench, prepare_bench, run_bench
     from mixlocal.app.bench_request import BenchRequest, varied
 
     runs = varied(run_options(given), given["vary"])
     request = BenchRequest(
         given["n_prompts"], given["n_gens"], given["n_depths"], threads, given["repetitions"], given["warmup"]
     )
+    for run in runs:  # a value that cannot be is told before the first is measured
+        prepare_bench(given["model"], request, run, options.folders())
     rows: Report[BenchRow] | None = None
     for run in runs:
         target = open_bench(given["model"], request, run, options.folders())
@@ -132,7 +134,11 @@ def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, An
             warn(options, warning)
         rows = rows or report(output, model_columns(describe_model(target), request))
         _print_rows(options, run_bench(target, request), rows)
-        target.run.finish()
+        try:
+            target.run.finish()
+        except MixlocalError as error:
+            warn(options, f"what was learnt of the routing is not kept: {error.message}")
+        del target  # its memory is the next one's
     assert rows is not None
     rows.end()
 

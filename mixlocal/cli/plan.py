@@ -84,7 +84,7 @@ def _verdict(outlook: Outlook) -> str:
     whole = ceil((plan.ram_bytes + plan.disk_records * plan.record_bytes) / 1e6)
     return (
         f"It runs with {plan.ram_slots + plan.gpu_slots} of {plan.n_records} experts at hand and reads the others "
-        f"when they are chosen; --ram {whole}M would hold them all."
+        f"when they are chosen; --ram {whole}M --ctx {plan.context} would hold them all."
     )
 
 

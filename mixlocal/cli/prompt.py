@@ -20,7 +20,7 @@ from mixlocal.cli.options import (
     sampling_params,
     settle,
 )
-from mixlocal.cli.render import print_json, safe_text, say, show_progress, warn
+from mixlocal.cli.render import print_json, safe_text, say, show_progress, size, warn
 from mixlocal.errors import MixlocalError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -163,9 +163,12 @@ class _Answer:
                 "load_s": stats.load_s, "ttft_s": stats.ttft_s,
                 "prompt_tps": stats.prompt_tps, "gen_tps": stats.gen_tps,
             }  # fmt: skip
+            experts = stats.experts
             body["offload"] = {
-                "ram_hits": stats.experts.ram_hits, "disk_hits": stats.experts.disk_hits,
-                "bytes_read": stats.experts.bytes_read, "stall_s": stats.experts.stall_s, "ram_peak": stats.ram_peak,
+                "gpu_hits": experts.gpu_hits, "ram_hits": experts.ram_hits, "disk_hits": experts.disk_hits,
+                "bytes_read": experts.bytes_read, "stall_s": experts.stall_s, "copies": experts.copies,
+                "prefetch_recall": experts.prefetch_recall, "prefetches": experts.prefetches,
+                "prefetches_used": experts.prefetches_used, "ram_peak": stats.ram_peak, "vram_peak": stats.vram_peak,
             }  # fmt: skip
         return body | {"warnings": list(self.session.warnings)}
 
@@ -186,12 +189,15 @@ def _close(options: Globals, session: Session) -> None:
 
 
 def _tiers(stats: RunStats) -> str:
-    """Where experts were found, if not all in memory."""
+    """Where experts were found, if not all in memory; how much was read, how long it was waited for, how many of the
+    experts that were chosen had been guessed."""
     counts = stats.experts
-    if not counts.disk_hits:
+    if counts.ram_hits == counts.looked_up:
         return ""
-    share = 100 * counts.ram_hits / (counts.ram_hits + counts.disk_hits)
-    return f"experts RAM {share:.0f}% disk {100 - share:.0f}%, {counts.stall_s:.1f} s waited · "
+    found = (("GPU", counts.gpu_hits), ("RAM", counts.ram_hits), ("disk", counts.disk_hits))
+    shares = " ".join(f"{tier} {100 * hits / counts.looked_up:.0f}%" for tier, hits in found if hits)
+    guessed = f", guessed {100 * counts.prefetch_recall:.0f}%" if counts.prefetch_recall is not None else ""
+    return f"experts {shares}, read {size(counts.bytes_read)}, waited {counts.stall_s:.1f} s{guessed} · "
 
 
 def _install_default(options: Globals, model: str, folders: Home) -> None:

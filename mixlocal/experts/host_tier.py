@@ -19,6 +19,7 @@ from mixlocal.kernels import Expert, Kernels
 from mixlocal.quant.packing import read_record
 from mixlocal.store.expert_file import ExpertFile
 
+FIRST = torch.zeros(1, dtype=torch.int64)
 # The tokens that chose an expert, int64 [N], and what it adds to each of them, float32 [N, D].
 Part = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +33,7 @@ class HostTier:
         """memory: uint8 [n * stride], n at least the experts of a layer, on whole pages."""
         manifest = file.manifest
         self.n_layers, self.n_experts, self._stride = manifest.n_layers, manifest.n_experts, manifest.stride
-        self.slots = memory.view(-1, self._stride)
+        self.slots = list(memory.view(-1, self._stride))
         self.most_prefetches = min(QUEUE_DEPTH, len(self.slots) - self.n_experts)
         self.residency = Residency(self.n_layers, self.n_experts, len(self.slots), policy)
         self._kernels, self._counts = kernels, counts
@@ -158,6 +159,10 @@ class HostTier:
 
 def expert_part(kernels: Kernels, expert: int, bound: Expert, x: torch.Tensor, routing: Routing) -> Part:
     """Of one expert of the layer: the same bits as its summand in `Kernels.moe_ffn`."""
+    if x.shape[0] == 1:  # decoding: no indexing
+        rank = routing.experts[0].tolist().index(expert)
+        own = slice(rank, rank + 1)
+        return FIRST, kernels.moe_ffn(x, routing.experts[:, own], routing.weights[:, own], {expert: bound})
     tokens, ranks = (routing.experts == expert).nonzero(as_tuple=True)
     ids = torch.full((len(tokens), 1), expert, device=x.device)
     weights = routing.weights[tokens, ranks].unsqueeze(1)
@@ -169,5 +174,8 @@ def add_up(x: torch.Tensor, parts: dict[int, Part]) -> torch.Tensor:
     out = torch.zeros_like(x)
     for key in sorted(parts):
         tokens, part = parts[key]
-        out.index_add_(0, tokens, part)
+        if x.shape[0] == 1:
+            out += part
+        else:
+            out.index_add_(0, tokens, part)
     return out

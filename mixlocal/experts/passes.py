@@ -32,15 +32,17 @@ class Passes:
 
     def begin_layer(self, layer: int, routing: Routing) -> list[int]:
         """The distinct keys that were chosen, ascending."""
-        tokens = len(routing.experts)
+        tokens = routing.experts.shape[0]
         if layer == 0:
             self._lookahead.begin(tokens)
             self._began = time.perf_counter()
         chosen = routing.experts.flatten().tolist()
-        counts = np.bincount(chosen, minlength=self._n_experts)
-        self.policy.use(layer, counts, tokens)
+        if tokens == 1:
+            self.policy.use_once(layer, chosen)
+        else:
+            self.policy.use(layer, np.bincount(chosen, minlength=self._n_experts), tokens)
         self.trace.add(layer, chosen, tokens)
-        keys: list[int] = (layer * self._n_experts + counts.nonzero()[0]).tolist()
+        keys = sorted({layer * self._n_experts + expert for expert in chosen})
         if self._guessed and layer > 0:  # a pass that was interrupted leaves a guess behind
             self._counts.chosen += len(keys)
             self._counts.guessed += len(self._guessed.intersection(keys))

@@ -131,10 +131,12 @@ def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
 
 
 def _context(model: ModelBytes, budgets: Budgets) -> int:
-    """The model's own, or what a part of the budget holds of it."""
-    whole = budgets.ram if budgets.vram is None else budgets.vram
-    affordable = whole // CONTEXT_SHARE // (model.kv_token * budgets.sequences)
-    return min(model.max_context, max(affordable, FEWEST_TOKENS))
+    """The model's own, or what a part of the budget holds of it, as far as what must be there too leaves room."""
+    whole, others = budgets.ram, BASE_BYTES + model.n_experts * model.record
+    if budgets.vram is not None:
+        whole, others = budgets.vram, min(GPU_STAGING, model.n_records) * model.record
+    most = min(whole // CONTEXT_SHARE, whole - others - model.trunk - model.scratch)
+    return min(model.max_context, max(most // (model.kv_token * budgets.sequences), FEWEST_TOKENS))
 
 
 def _slots(model: ModelBytes, nbytes: int) -> int:

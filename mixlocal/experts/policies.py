@@ -18,6 +18,7 @@ SLOW = 0.02  # weight of the newest token in a lasting rate: half of it is of th
 FAST = 0.7  # in a momentary one: half of it is of the last token
 FORGET = 0.999  # of what was learnt about the two, per applied layer
 LEAST_RATE = 1e-3
+TOGETHER = 8  # layers that a rate may lag behind: a handful of numbers at a time cost more to fetch than to add
 
 
 class Policy(Protocol):
@@ -46,27 +47,51 @@ class AgedFrequency:
         self._fast = self._slow.copy()
         self._covered, self._spread = 0.1, 1.0  # sums of the regression; their quotient is the fast rate's weight
         self._layer = n_layers - 1
+        self._waiting: list[tuple[int, list[int]]] = []
         self._extra = self._extra_distance(self._slow, 1).reshape(-1)
         self._turns = np.arange(n_layers * n_experts) // n_experts
 
     def use(self, layer: int, counts: Ints, tokens: int) -> None:
-        slow, fast = self._slow[layer], self._fast[layer]
+        """See `Policy.use`."""
+        self._learn_waiting()
+        self._layer = layer
+        self._learn([layer], counts[None], tokens)
+
+    def use_once(self, layer: int, chosen: list[int]) -> None:
+        """As `use`, of one token that chose these experts. What it teaches is taken in a few layers at a time."""
+        if len(self._waiting) >= TOGETHER or (self._waiting and layer <= self._layer):
+            self._learn_waiting()
+        self._layer = layer
+        self._waiting.append((layer, chosen))
+
+    def distance(self, keys: Ints) -> Floats:
+        """See `Policy.distance`."""
+        turn: Floats = (self._turns[keys] - self._layer - 1) % self._n_layers + 1 + self._extra[keys]
+        return turn
+
+    def _learn_waiting(self) -> None:
+        if self._waiting:
+            layers = [layer for layer, _ in self._waiting]
+            counts = np.zeros((len(layers), self._n_experts), dtype=np.int64)
+            for row, (_, chosen) in enumerate(self._waiting):
+                counts[row, chosen] = 1
+            self._waiting.clear()
+            self._learn(layers, counts, 1)
+
+    def _learn(self, layers: list[int], counts: Ints, tokens: int) -> None:
+        """counts: [layers, n_experts] of distinct layers."""
+        slow, fast = self._slow[layers], self._fast[layers]
         if tokens == 1:
-            ahead = fast - slow
-            self._covered = FORGET * self._covered + float(ahead @ (counts - slow))
-            self._spread = FORGET * self._spread + float(ahead @ ahead)
+            ahead, kept = fast - slow, FORGET ** len(layers)
+            self._covered = kept * self._covered + float(np.vdot(ahead, counts - slow))
+            self._spread = kept * self._spread + float(np.vdot(ahead, ahead))
         share = counts / tokens
         slow += (share - slow) * (1 - (1 - SLOW) ** tokens)
         fast += (share - fast) * (1 - (1 - FAST) ** tokens)
+        self._slow[layers], self._fast[layers] = slow, fast
         weight = min(1.0, max(0.0, self._covered / self._spread))
-        first = layer * self._n_experts
-        expected = slow + weight * (fast - slow)
-        self._extra[first : first + self._n_experts] = self._extra_distance(expected, tokens)
-        self._layer = layer
-
-    def distance(self, keys: Ints) -> Floats:
-        turn: Floats = (self._turns[keys] - self._layer - 1) % self._n_layers + 1 + self._extra[keys]
-        return turn
+        extra = self._extra_distance(slow + weight * (fast - slow), tokens)
+        self._extra.reshape(self._n_layers, -1)[layers] = extra
 
     def _extra_distance(self, rates: Floats, tokens: int) -> Floats:
         """Applied layers beyond a layer's next turn until an expert of it is used."""

@@ -36,8 +36,10 @@ class RoutingProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return np.array(self.rates)
 
     def hottest(self) -> list[int]:
-        """All keys, the most used first; equally used ones layer by layer in turns."""
-        keys: list[int] = np.argsort(-self.array(), axis=None, kind="stable").tolist()
+        """All keys, the most used first; of equally used ones, one of each layer in turns."""
+        rates = self.array().T
+        experts, layers = np.divmod(np.argsort(-rates, axis=None, kind="stable"), rates.shape[1])
+        keys: list[int] = (layers * rates.shape[0] + experts).tolist()
         return keys
 
     def expected_hits(self, share: float) -> float | None:
@@ -50,7 +52,8 @@ class RoutingProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_profile(path: Path, n_layers: int, n_experts: int) -> RoutingProfile | None:
     """None where there is none for a model of this shape; a damaged one is written anew at the next exit."""
     try:
-        profile = msgspec.json.decode(path.read_bytes()[:MAX_BYTES], type=RoutingProfile)
+        with path.open("rb") as file:
+            profile = msgspec.json.decode(file.read(MAX_BYTES), type=RoutingProfile)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     shaped = len(profile.rates) == n_layers and all(len(row) == n_experts for row in profile.rates)
@@ -89,6 +92,6 @@ def _hits(steps: Sequence[RoutedStep], rates: Floats) -> tuple[float, ...]:
     found = []
     for share in SHARES:
         policy = AgedFrequency(n_layers, n_experts, rates)
-        residency = Residency(n_layers, n_experts, round(share * rates.size), policy)
+        residency = Residency(n_layers, n_experts, max(n_experts, round(share * rates.size)), policy)
         found.append(round(hit_rate(steps, residency, policy, keys), 4))
     return tuple(found)

@@ -24,13 +24,14 @@ class Residency:
     """
 
     def __init__(self, n_layers: int, n_experts: int, n_slots: int, policy: Policy, *, floor: bool = True) -> None:
-        keys = n_layers * n_experts
-        self._n_experts, self._policy, self._floor = n_experts, policy, floor
-        self._slot_of = np.full(keys, NOWHERE, dtype=np.int64)
+        self._n_layers, self._n_experts, self._policy, self._floor = n_layers, n_experts, policy, floor
         self._key_in = np.full(n_slots, NOWHERE, dtype=np.int64)
         self._filled = np.zeros(n_slots, dtype=bool)
-        self._held = np.zeros(n_layers, dtype=np.int64)  # slots that each layer has
-        self._free = list(range(n_slots))[::-1]
+        self._slot_of: list[int] = []  # by key, as what follows; plain lists, for they are asked one by one
+        self._found: list[int] = []  # the same, of filled slots only
+        self._held: list[int] = []  # slots that each layer has
+        self._free: list[int] = []
+        self.repair()
 
     @property
     def free(self) -> int:
@@ -39,12 +40,11 @@ class Residency:
 
     def find(self, key: int) -> int:
         """The slot that holds `key`, or NOWHERE."""
-        slot = int(self._slot_of[key])
-        return slot if slot != NOWHERE and self._filled[slot] else NOWHERE
+        return self._found[key]
 
     def slot(self, key: int) -> int:
         """The slot that is `key`'s, filled or not, or NOWHERE."""
-        return int(self._slot_of[key])
+        return self._slot_of[key]
 
     def place(self, key: int, keep: Collection[int]) -> int:
         """A slot for `key`, which has none: a free one, or that of an expert that goes and is not in `keep`.
@@ -54,7 +54,6 @@ class Residency:
         slot = self._free.pop() if self._free else self._evict(keep)
         if slot == NOWHERE:
             return NOWHERE
-        self._filled[slot] = False
         self._key_in[slot] = key
         self._slot_of[key] = slot
         self._held[key // self._n_experts] += 1
@@ -63,6 +62,7 @@ class Residency:
     def fill(self, key: int) -> None:
         """What was written into `key`'s slot is `key`."""
         self._filled[self._slot_of[key]] = True
+        self._found[key] = self._slot_of[key]
 
     def release(self, key: int) -> None:
         """Forget `key`, whose slot holds nothing that may be used."""
@@ -86,21 +86,22 @@ class Residency:
 
     def repair(self) -> None:
         """After an interrupt between any two steps of the above: only filled slots count, the others are free."""
-        self._slot_of[:] = NOWHERE
-        self._held[:] = 0
-        self._free = []
-        for slot, key in enumerate(self._key_in.tolist()):
+        self._slot_of = [NOWHERE] * (self._n_layers * self._n_experts)
+        self._held, self._free = [0] * self._n_layers, []
+        for slot in reversed(range(len(self._key_in))):
+            key = int(self._key_in[slot])
             if self._filled[slot] and key != NOWHERE and self._slot_of[key] == NOWHERE:
                 self._slot_of[key] = slot
                 self._held[key // self._n_experts] += 1
             else:
                 self._filled[slot], self._key_in[slot] = False, NOWHERE
                 self._free.append(slot)
+        self._found = self._slot_of.copy()
 
     def _evict(self, keep: Collection[int]) -> int:
         distance = self._policy.distance(self._key_in)
-        robbed = self._held[self._key_in // self._n_experts] <= 1
-        if self._floor and robbed.any():
+        if self._floor and min(self._held) <= 1:
+            robbed = np.array(self._held)[self._key_in // self._n_experts] <= 1
             distance[robbed] = -1 - 1 / (2 + distance[robbed])  # behind all others, in their own order
         distance[~self._filled] = -np.inf
         for key in keep:
@@ -115,5 +116,5 @@ class Residency:
     def _forget(self, slot: int) -> None:
         key = int(self._key_in[slot])
         self._filled[slot] = False
-        self._key_in[slot], self._slot_of[key] = NOWHERE, NOWHERE
+        self._key_in[slot], self._slot_of[key], self._found[key] = NOWHERE, NOWHERE, NOWHERE
         self._held[key // self._n_experts] -= 1

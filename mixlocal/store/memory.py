@@ -17,7 +17,7 @@ def page_memory(nbytes: int) -> torch.Tensor:
     Raises `MemoryBudgetError` if the system does not give it.
     """
     try:
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE)
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryBudgetError(
             f"the system does not give {nbytes / 1e9:.2f} GB of memory", "give a smaller --ram, or close other programs"

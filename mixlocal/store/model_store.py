@@ -16,6 +16,7 @@ from mixlocal.store.checkpoint import TensorRef, data_start, read_into, tensor_r
 from mixlocal.store.durable import named_errors
 from mixlocal.store.expert_file import ExpertFile
 from mixlocal.store.manifest import Manifest, StoredFile, read_manifest
+from mixlocal.store.memory import page_memory
 from mixlocal.store.paths import BUILDING_SUFFIX
 
 TRUNK_FILE = "trunk.safetensors"
@@ -53,7 +54,7 @@ class ModelStore:
             size = path.stat().st_size
         if size != stored.nbytes:
             raise CorruptError(f"{path}: {size} bytes instead of {stored.nbytes}", "remove the model and pull it again")
-        data = torch.empty(size, dtype=torch.uint8)
+        data = page_memory(size)
         view = byte_view(data)
         read_into(path, 0, view)
         _check_digest(path, xxhash.xxh3_128(view).hexdigest(), stored)

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from stores import quantized
 
+from mixlocal.app.footprint import stored_bytes
+from mixlocal.app.model_run import store_config
 from mixlocal.cli import main
+from mixlocal.experts.plan import BASE_BYTES
+from mixlocal.store.model_store import ModelStore
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for variant in ("q4", "bf16"):
         quantized(checkpoint, root / "models" / "tiny" / variant, variant)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_budget(home: Path) -> Callable[..., int]:
+    """The smallest --ram for "tiny" that holds so many of its eight experts beside so many tokens of context."""
+
+    def smallest(experts: int, context: int) -> int:
+        store = ModelStore.open(home / "models" / "tiny" / "q4")
+        needs = stored_bytes(store.manifest, store_config(store), torch.float16)
+        return BASE_BYTES + needs.trunk + context * needs.kv_token + needs.scratch + experts * needs.record
+
+    return smallest
 
 
 @pytest.fixture(scope="session")

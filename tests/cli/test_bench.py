@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 
-from mixlocal.app import bench_cases, bench_kernels, bench_weights, measure
+from mixlocal.app import bench, bench_cases, bench_kernels, bench_weights, measure
 from mixlocal.kernels.isa import native_isas
+from mixlocal.model.transformer import Transformer
+from mixlocal.store import durable
 
 SMALL = ("bench", "-m", "tiny", "-p", "6", "-n", "3", "-r", "2")
 COLUMNS = [
@@ -31,7 +36,8 @@ COLUMNS = [
 FIELDS = [
     "model", "variant", "model_size", "model_n_params", "backend", "n_threads", "test", "n_prompt", "n_gen", "n_depth",
     "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts", "ram_budget", "ram_slots",
-    "n_records", "gpu_hits", "ram_hits", "disk_hits", "bytes_read", "stall_s", "prefetch_recall", "bytes_per_token", "read_bandwidth", "bandwidth_share",
+    "n_records", "gpu_hits", "ram_hits", "disk_hits", "bytes_read", "stall_s", "prefetch_recall", "bytes_per_token",
+    "read_bandwidth", "bandwidth_share",
 ]  # fmt: skip
 
 
@@ -145,6 +151,18 @@ def test_kernels_as_json(run) -> None:
         (("--kernels", "-p", "1"), 2, "-p does not go with --kernels"),
         (("--kernels", "-n", "1"), 2, "-n does not go with --kernels"),
         (("--kernels", "-d", "0"), 2, "-d does not go with --kernels"),
+        (("--kernels", "--vary", "ram=1G"), 2, "--vary does not go with --kernels"),
+        (("--kernels", "--ram", "1G"), 2, "--ram does not go with --kernels"),
+        (("-m", "tiny", "--vary", "ram"), 2, "'ram' is not of the form NAME=VALUE,..."),
+        (("-m", "tiny", "--vary", "ram="), 2, "NAME is one of ram, kv-dtype, experts-per-token, lookahead"),
+        (("-m", "tiny", "--vary", "colour=red"), 2, "'colour=red' is not of the form"),
+        (("-m", "tiny", "--vary", "lookahead=on,maybe"), 2, "'maybe' is no value of lookahead"),
+        (("-m", "tiny", "--vary", "experts-per-token=2,two"), 2, "is no value of experts-per-token"),
+        (("-m", "tiny", "--vary", "experts-per-token=2,5"), 2, "--experts-per-token 5 is outside 1 to 4"),
+        (("-m", "tiny", "--vary", "kv-dtype=f16,f17"), 2, "--kv-dtype 'f17' is none of f16, f32"),
+        (("-m", "tiny", "--vary", "ram=1G,lots"), 2, "--ram 'lots' is no size"),
+        (("-m", "tiny", "--vary", "ram=1G,"), 2, "--ram '' is no size"),
+        (("-m", "tiny", "--vary", "ram=1G,300M"), 7, "tiny:q4 needs at least --ram 3"),
         (("--quick",), 2, "--quick needs --kernels"),
         (("-o", "xml"), 2, "xml"),
         (("-o", "csv", "--json"), 2, "contradict"),
@@ -157,6 +175,59 @@ def test_bad_input(run, arguments: tuple[str, ...], code: int, says: str) -> Non
     assert result.out == ""
     assert "Traceback" not in result.err
     assert len(result.err.splitlines()) <= 2
+
+
+def test_a_budget_may_vary(run, tiny_budget) -> None:
+    """A row of each test for each value, and hits that go with the room."""
+    little_ram = tiny_budget(experts=6, context=6)
+    given = (*SMALL, "--device", "cpu", "--vary", f"ram={little_ram},1G")
+    little_prompt, little, large_prompt, large = json.loads(run(*given, "--json").out)
+    for few, all_of_them in ((little_prompt, large_prompt), (little, large)):
+        assert (few["ram_budget"], all_of_them["ram_budget"]) == (little_ram, 10**9)
+        assert (few["ram_slots"], all_of_them["ram_slots"]) == (6, 8)
+        assert few["bytes_read"] > 0 == all_of_them["bytes_read"] == all_of_them["disk_hits"]
+    table = cells(run(*given).out)
+    assert [row[9] for row in table[2:]] == ["6 of 8", "6 of 8", "8 of 8", "8 of 8"]
+    assert [row[11] for row in table[4:]] == ["0 B", "0 B"]
+
+
+def test_other_options_may_vary(run, tiny_budget) -> None:
+    ram = str(tiny_budget(experts=6, context=6))
+    small = (*SMALL, "-p", "0", "--device", "cpu", "--ram", ram, "--json", "--vary")
+    ahead, plain = json.loads(run(*small, "lookahead=on,off").out)
+    assert (ahead["prefetch_recall"] is None, plain["prefetch_recall"] is None) == (False, True)
+    one, two = json.loads(run(*small, "experts-per-token=1,2").out)
+    assert one["bytes_per_token"] < two["bytes_per_token"]
+    assert [row["test"] for row in json.loads(run(*small, "kv-dtype=f16, f32").out)] == ["tg3", "tg3"]
+
+
+def test_one_model_at_a_time_is_in_memory(run, tiny_budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the one before is the next one's."""
+    little_ram = tiny_budget(experts=6, context=6)
+    alive: weakref.WeakSet[Transformer] = weakref.WeakSet()
+    before, open_bench = [], bench.open_bench
+
+    def counting(*given):
+        before.append(len(alive))
+        target = open_bench(*given)
+        alive.add(target.model)
+        return target
+
+    monkeypatch.setattr(bench, "open_bench", counting)
+    assert run(*SMALL, "--device", "cpu", "--vary", f"ram={little_ram},1G,{little_ram}").code == 0
+    assert before == [0, 0, 0]
+
+
+def test_a_full_disk_at_the_end_costs_no_row(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(name: str, nbytes: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable, "on_call", full)
+    result = run("bench", "-m", "tiny", "-p", "40", "-n", "2", "-r", "1", "--json")
+    assert result.code == 0, result.err
+    assert [row["test"] for row in json.loads(result.out)] == ["pp40", "tg2"]
+    assert result.err.count("warning: what was learnt of the routing is not kept") == 1
+    assert "no space left" in result.err
 
 
 def test_too_little_memory_for_the_kernels(run, monkeypatch: pytest.MonkeyPatch) -> None:

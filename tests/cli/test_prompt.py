@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from mixlocal.store import durable
 
 GREEDY = ("-m", "tiny", "--raw", "-T", "0", "-n", "12")
 
@@ -92,6 +96,57 @@ def test_bad_input_is_one_line_and_the_right_code(run, arguments, stdin, code, s
     assert says in result.err
     assert "Traceback" not in result.err
     assert result.err.count("\n") <= 2
+
+
+@pytest.mark.parametrize("device", [("--device", "cuda"), ("--device", "cuda:7"), ("--vram", "4G")])
+@pytest.mark.parametrize("command", [("prompt", "-m", "tiny", "x"), ("plan", "tiny"), ("bench", "-m", "tiny")])
+def test_a_gpu_that_is_not_there_is_one_clear_line(run, command, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(*command, *device)
+    assert (result.code, result.out) == (2, "")
+    assert ("PyTorch finds no GPU" if device[0] == "--device" else "--vram needs a GPU") in result.err
+    assert "Traceback" not in result.err
+    assert len(result.err.splitlines()) == 2
+
+
+def test_neither_memory_nor_lookahead_changes_a_token(run, tiny_budget) -> None:
+    """Sampled at a temperature, where the least difference would show."""
+    given = ("-m", "tiny", "--raw", "-T", "1.5", "--seed", "3", "-n", "60", "--ctx", "128", "--device", "cpu", "--json")
+    wanted = json.loads(run("prompt", *given, "Hello " * 8).out)
+    assert wanted["offload"]["disk_hits"] == 0
+    for experts in (4, 6):
+        for lookahead in ("--lookahead", "--no-lookahead"):
+            ram = ("--ram", str(tiny_budget(experts, context=128)), lookahead)
+            body = json.loads(run("prompt", *given, *ram, "Hello " * 8).out)
+            assert (body["token_ids"], body["text"]) == (wanted["token_ids"], wanted["text"])
+            assert body["offload"]["disk_hits"] > 0
+            looked_ahead = experts > 4 and lookahead == "--lookahead"
+            assert (body["offload"]["prefetch_recall"] is not None) == looked_ahead
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "says"),
+    [("write", errno.ENOSPC, "no space left on device"), ("mkdir", errno.EROFS, "read-only file system")],
+)
+def test_what_cannot_be_kept_at_the_end_costs_a_warning_and_no_answer(
+    call: str, number: int, says: str, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = ("prompt", *GREEDY, "Hello there, this is long enough to learn from.")
+    expected = run(*prompt)
+
+    def failing(name: str, nbytes: int) -> int:
+        if name == call:
+            raise OSError(number, os.strerror(number))
+        return nbytes
+
+    monkeypatch.setattr(durable, "on_call", failing)
+    result = run(*prompt)
+    assert (result.code, result.out) == (0, expected.out)
+    (warning,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert "what was learnt of the routing is not kept" in warning
+    assert says in warning
+    assert "Traceback" not in result.err
+    assert run("-q", *prompt).err == ""
 
 
 def test_errors_as_json(run) -> None:
