@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
+from mixlocal.errors import MixlocalError
 from mixlocal.experts.policies import Policy
 from mixlocal.experts.residency import NOWHERE, Residency
 from mixlocal.experts.runtime import ExpertCounts, Routing
@@ -41,6 +42,7 @@ class HostTier:
         self._reader = ExpertReader(file)
         self._preloads: dict[int, Read] = {}  # reads that nobody waits for, by key
         self._prefetches: dict[int, Read] = {}
+        self._unchecked: list[Read] = []  # in use before their checksums were compared
 
     def preload(self, hottest: Iterable[int]) -> None:
         """Fill the slots but those that one layer and its reads ahead need, the most used experts first."""
@@ -89,18 +91,30 @@ class HostTier:
             self._prefetches[key] = read
 
     def arrivals(self, reads: list[Read]) -> Iterator[int]:
-        """The keys of `reads` as they come. Raises what a read failed with."""
+        """The keys of `reads` as they come, to be computed with while they are checked: see `confirm`.
+
+        Raises what a read failed with.
+        """
         while reads:
             start = time.perf_counter()
-            done = self._reader.wait(reads)
+            arrived = self._reader.wait(reads)
             self._counts.stall_s += time.perf_counter() - start
-            reads = [read for read in reads if read not in done]
-            for read in done:
-                if read.error is not None:
-                    raise read.error
-                assert read.loaded, "a reader thread died"
-                self._finish(read)
+            reads = [read for read in reads if read not in arrived]
+            for read in arrived:
+                if read.done and not read.loaded:
+                    raise _failure(read)
+                self._unchecked.append(read)
+                self._took(read)
                 yield read.key
+
+    def confirm(self) -> None:
+        """All that arrived was what the store promised; no token may leave before. Raises `CorruptError`."""
+        if self._unchecked:
+            self._reader.wait_done(self._unchecked)
+            bad = next((read for read in self._unchecked if not read.loaded), None)
+            if bad is not None:
+                raise _failure(bad)
+            self._unchecked.clear()
 
     def layer(self, x: torch.Tensor, routing: Routing, keys: list[int]) -> torch.Tensor:
         """The whole layer, all of whose chosen `keys` are here."""
@@ -125,6 +139,10 @@ class HostTier:
     def recover(self) -> None:
         """However it ended: no read goes on, and no slot is taken for full that a read did not fill."""
         self._reader.drain()
+        for read in self._unchecked:
+            if not read.loaded and self.residency.find(read.key) != NOWHERE:
+                self.residency.release(read.key)
+        self._unchecked.clear()
         self._preloads.clear()
         self._prefetches.clear()
         self.residency.repair()
@@ -136,17 +154,24 @@ class HostTier:
         """None if every slot is in use."""
         if not self.residency.free:
             self._give_up_preload()
-        slot = self.residency.place(key, keep)
+        in_check = [read for read in self._unchecked if not read.done]  # what is compared must not be overwritten
+        slot = self.residency.place(key, {*keep, *(read.key for read in in_check)})
+        if slot == NOWHERE and in_check and urgency is Urgency.DEMAND:
+            self._reader.wait_done(in_check)
+            slot = self.residency.place(key, keep)
         return None if slot == NOWHERE else self._reader.start(Read(key, self.slots[slot], urgency))
 
     def _finish(self, read: Read) -> None:
         """Its slot may be found, or is free. An error comes again when its expert is asked for."""
         if read.loaded:
-            self._counts.reads += 1
-            self._counts.bytes_read += self._stride
-            self.residency.fill(read.key)
+            self._took(read)
         else:
             self.residency.release(read.key)
+
+    def _took(self, read: Read) -> None:
+        self._counts.reads += 1
+        self._counts.bytes_read += self._stride
+        self.residency.fill(read.key)
 
     def _give_up_preload(self) -> None:
         """Free the slot of the least used expert whose preload has not begun."""
@@ -155,6 +180,11 @@ class HostTier:
                 del self._preloads[key]
                 self._finish(read)
                 return
+
+
+def _failure(read: Read) -> MixlocalError:
+    assert read.error is not None, "a reader thread died"
+    return read.error
 
 
 def expert_part(kernels: Kernels, expert: int, bound: Expert, x: torch.Tensor, routing: Routing) -> Part:

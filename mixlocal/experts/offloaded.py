@@ -96,6 +96,7 @@ class OffloadedExperts:
             moves = self._move({key: tokens[key]}, keys)
             parts[key] = self._device_part(key, x, chosen) if moves else self._host_part(key, here, chosen)
         out = add_up(x, parts)
+        self._host.confirm()  # before a copy becomes the only one
         self._settle_copies()
         self._passes.end_layer(layer)
         self._broken = False

@@ -27,6 +27,10 @@ class Passes:
         self._began = 0.0
 
     @property
+    def last_layer(self) -> int:
+        return self._n_layers - 1
+
+    @property
     def looks_ahead(self) -> bool:
         return self._lookahead.on
 
@@ -58,5 +62,5 @@ class Passes:
         return keys
 
     def end_layer(self, layer: int) -> None:
-        if layer == self._n_layers - 1:
+        if layer == self.last_layer:
             self._lookahead.end(time.perf_counter() - self._began)

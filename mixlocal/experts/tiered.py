@@ -57,6 +57,8 @@ class TieredExperts:
             out = add_up(x, parts)
         else:
             out = self.host.layer(x, routing, keys)
+        if layer == self._passes.last_layer:
+            self.host.confirm()
         self._passes.end_layer(layer)
         self._broken = False
         return out

@@ -26,13 +26,14 @@ class Urgency(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Read:
-    """One record on its way into `slot`. done: nothing writes there any more. loaded: it is there, and checked; else
-    error says why not, unless it was cancelled."""
+    """One record on its way into `slot`. arrived: all bytes are there, or never will be. done: nothing more happens.
+    loaded: it is there and checked; else error says why not, unless it was cancelled."""
 
     key: int
     slot: torch.Tensor
     urgency: Urgency
     begun: bool = False
+    arrived: bool = False
     done: bool = False
     loaded: bool = False
     error: MixlocalError | None = None
@@ -71,16 +72,22 @@ class ExpertReader:
             if read.begun:
                 return False
             self._queues[read.urgency].remove(read)
-            read.begun = read.done = True
+            read.begun = read.arrived = read.done = True
             return True
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Those of `reads` that are done: at least one."""
+        """Those of `reads` that have arrived: at least one. They may not have been checked yet."""
         with self._lock:
             while True:
-                done = [read for read in reads if read.done]
-                if done:
-                    return done
+                arrived = [read for read in reads if read.arrived]
+                if arrived:
+                    return arrived
+                self._finished.wait()
+
+    def wait_done(self, reads: Collection[Read]) -> None:
+        """Until all of `reads` are over: checked, failed or cancelled."""
+        with self._lock:
+            while not all(read.done for read in reads):
                 self._finished.wait()
 
     def drain(self) -> None:
@@ -101,13 +108,17 @@ class ExpertReader:
         while (read := self._next()) is not None:
             layer, expert = divmod(read.key, self._file.manifest.n_experts)
             try:
-                self._file.read(layer, expert, read.slot)
+                self._file.fill(layer, expert, read.slot)
+                with self._lock:
+                    read.arrived = True
+                    self._finished.notify_all()
+                self._file.check(layer, expert, read.slot)
                 read.loaded = True
             except MixlocalError as error:  # raised where the read is waited for
                 read.error = error
             finally:
                 with self._lock:
-                    read.done = True
+                    read.arrived = read.done = True
                     self._busy -= 1
                     self._finished.notify_all()
 

@@ -48,19 +48,24 @@ class ExpertFile:
             raise CorruptError(f"{self.path}: {size} bytes instead of {manifest.experts_bytes}", "pull the model again")
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> None:
-        """Fill `slot`, uint8 [stride], with a record and check it. A disk's error is worth a second try.
+        """Fill `slot`, uint8 [stride], with a record and check it. Raises `CorruptError`."""
+        self.fill(layer, expert, slot)
+        self.check(layer, expert, slot)
 
-        Raises `CorruptError`.
-        """
-        manifest = self.manifest
-        index = layer * manifest.n_experts + expert
+    def fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
+        """As `read`, unchecked. A disk's error is worth a second try."""
         with named_errors(self.path):
             try:
-                self._fill(index, slot)
+                self._fill(layer, expert, slot)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                self._fill(index, slot)
+                self._fill(layer, expert, slot)
+
+    def check(self, layer: int, expert: int, slot: torch.Tensor) -> None:
+        """Raises `CorruptError` unless `slot` holds that record as it was written."""
+        manifest = self.manifest
+        index = layer * manifest.n_experts + expert
         if record_digest(manifest.name, layer, expert, slot) != manifest.records[index].xxh3:
             raise CorruptError(
                 f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again"
@@ -69,9 +74,10 @@ class ExpertFile:
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _fill(self, index: int, slot: torch.Tensor) -> None:
+    def _fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
         alignment = RECORD_ALIGNMENT if self.direct else 1
-        read_exactly(self._descriptor, self.path, index * self.manifest.stride, byte_view(slot), alignment)
+        offset = (layer * self.manifest.n_experts + expert) * self.manifest.stride
+        read_exactly(self._descriptor, self.path, offset, byte_view(slot), alignment)
 
 
 def open_to_read(path: Path, direct: bool) -> tuple[int, bool]:

@@ -137,16 +137,16 @@ def test_interrupts_at_any_copy_leave_nothing_wrong(store: ModelStore, monkeypat
 def test_a_failed_read_leaves_nothing_wrong(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits(load_model(store, store_config(store)))
     model, experts = opened(store, TierSlots(4, 2, EXPERTS), SOMETIMES_MOVE)
-    read, calls = ExpertFile.read, iter(range(10**6))
+    fill, calls = ExpertFile.fill, iter(range(10**6))
 
     def failing(self: ExpertFile, layer: int, expert: int, slot: torch.Tensor) -> None:
         if next(calls) % 7 == 3:
             slot.fill_(77)
             raise CorruptError("the disk failed")
-        read(self, layer, expert, slot)
+        fill(self, layer, expert, slot)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ExpertFile, "read", failing)
+        patched.setattr(ExpertFile, "fill", failing)
         for _ in range(4):
             with pytest.raises(CorruptError):
                 logits(model)

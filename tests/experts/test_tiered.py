@@ -110,15 +110,15 @@ def test_a_failed_read_is_one_named_error_and_leaves_nothing_wrong(
 ) -> None:
     model, _ = tiered
     expected = logits(load_model(store, store_config(store)))
-    read, calls = ExpertFile.read, iter(range(10000))
+    fill, calls = ExpertFile.fill, iter(range(10000))
 
     def failing(self: ExpertFile, layer: int, expert: int, slot: torch.Tensor) -> None:
         if next(calls) % 5 == 3:
             slot.fill_(77)
             raise CorruptError("the disk failed")
-        read(self, layer, expert, slot)
+        fill(self, layer, expert, slot)
 
-    monkeypatch.setattr(ExpertFile, "read", failing)
+    monkeypatch.setattr(ExpertFile, "fill", failing)
     failures = 0
     for _ in range(6):
         try:
@@ -126,7 +126,7 @@ def test_a_failed_read_is_one_named_error_and_leaves_nothing_wrong(
         except CorruptError as error:
             failures += "the disk failed" in str(error)
     assert failures > 1
-    monkeypatch.setattr(ExpertFile, "read", read)
+    monkeypatch.setattr(ExpertFile, "fill", fill)
     assert torch.equal(logits(model), expected)
 
 

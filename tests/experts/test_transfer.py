@@ -29,15 +29,18 @@ class GatedFile:
         self.closed = threading.Event()
         self._entered, self._gate = threading.Semaphore(0), threading.Semaphore(0)
 
-    def read(self, layer: int, expert: int, slot: torch.Tensor) -> None:
+    def fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
         key = layer * 8 + expert
         self.order.append(key)
         self._entered.release()
         assert self._gate.acquire(timeout=PATIENCE)
         assert not self.closed.is_set()
+        slot.fill_(key)
+
+    def check(self, layer: int, expert: int, slot: torch.Tensor) -> None:
+        key = layer * 8 + expert
         if key > 99:
             raise CorruptError(f"record {key} is damaged")
-        slot.fill_(key)
 
     def close(self) -> None:
         assert not self.closed.is_set()
