@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -9,7 +10,7 @@ import psutil
 from mixlocal.app.hardware import Gpu, Hardware
 from mixlocal.app.sizes import parse_size
 from mixlocal.errors import MemoryBudgetError, UsageError
-from mixlocal.experts.plan import Budgets, MemoryPlan, ModelBytes, plan_memory
+from mixlocal.experts.plan import PREFILL_CHUNK, Budgets, MemoryPlan, ModelBytes, plan_memory
 from mixlocal.kernels import select
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import DEFAULT_KV_DTYPE
@@ -43,18 +44,26 @@ class RunOptions:
         return "cuda:0" if self.device == "auto" else self.device
 
 
-def plan_run(model: ModelBytes, hardware: Hardware, options: RunOptions, sequences: int = 1) -> MemoryPlan:
-    """What lies where. With the device left to us, without a GPU that is too small.
+def plan_run(
+    models: Sequence[ModelBytes], hardware: Hardware, options: RunOptions, sequences: int = 1
+) -> MemoryPlan:
+    """What lies where. models: the same one with ever smaller temporaries; the first that fits is taken. With the
+    device left to us, none of which fits a GPU that is there, it is planned without.
 
     Raises `MemoryBudgetError` if it cannot run, `UsageError` for a device or size that makes no sense.
     """
     budgets = _budgets(hardware, options, sequences)
-    try:
-        return plan_memory(model, budgets)
-    except MemoryBudgetError:
-        if options.device != "auto" or options.vram is not None or budgets.vram is None:
-            raise
-    return plan_memory(model, replace(budgets, vram=None))
+    choices = [budgets]
+    if options.device == "auto" and options.vram is None and budgets.vram is not None:
+        choices.append(replace(budgets, vram=None))
+    refusals = []
+    for choice in choices:
+        for model in models:
+            try:
+                return plan_memory(model, choice)
+            except MemoryBudgetError as error:
+                refusals.append(error)
+    raise refusals[-1]
 
 
 def plan_notes(plan: MemoryPlan, hardware: Hardware, config: ModelConfig, options: RunOptions) -> tuple[str, ...]:
@@ -68,6 +77,8 @@ def plan_notes(plan: MemoryPlan, hardware: Hardware, config: ModelConfig, option
             f"{plan.gpu_slots + plan.ram_slots} of {plan.n_records} experts fit in memory; the others are read from "
             "disk when they are chosen (mixlocal plan tells how fast that is)"
         )
+    if plan.chunk < PREFILL_CHUNK:
+        notes.append(f"memory is tight: prompts are read {plan.chunk} tokens at a time, which is slower")
     if options.context is None and plan.context < config.max_context:
         notes.append(
             f"the context is {plan.context} tokens of the model's {config.max_context}, so that more experts fit; "

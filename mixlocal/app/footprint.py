@@ -7,8 +7,7 @@ from math import prod
 
 import torch
 
-from mixlocal.engine.generate import PREFILL_CHUNK
-from mixlocal.experts.plan import ModelBytes
+from mixlocal.experts.plan import PREFILL_CHUNK, ModelBytes
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import kv_bytes_per_token
 from mixlocal.model.tensors import EMBEDDING, TrunkTensor, trunk_tensors
@@ -17,6 +16,7 @@ from mixlocal.store.manifest import Manifest, Recipe
 from mixlocal.store.model_store import TRUNK_FILE
 
 FLOAT = torch.float32.itemsize
+CHUNKS = (PREFILL_CHUNK, 256, 128, 64)  # tokens of a prompt at once: as many as memory has room for
 
 
 def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.dtype) -> ModelBytes:
@@ -31,8 +31,14 @@ def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.
         n_layers=config.n_layers,
         n_experts=config.router.n_experts,
         record=layout.stride,
-        scratch=scratch_bytes(config),
+        scratch=scratch_bytes(config, recipe, CHUNKS[0]),
+        chunk=CHUNKS[0],
     )
+
+
+def with_shorter_passes(model: ModelBytes, config: ModelConfig, recipe: Recipe) -> tuple[ModelBytes, ...]:
+    """`model`, and what it takes if prompts are read in smaller pieces, which is slower."""
+    return tuple(replace(model, chunk=chunk, scratch=scratch_bytes(config, recipe, chunk)) for chunk in CHUNKS)
 
 
 def stored_bytes(manifest: Manifest, config: ModelConfig, kv_dtype: torch.dtype) -> ModelBytes:
@@ -42,11 +48,14 @@ def stored_bytes(manifest: Manifest, config: ModelConfig, kv_dtype: torch.dtype)
     return replace(found, trunk=manifest.files[TRUNK_FILE].nbytes)
 
 
-def scratch_bytes(config: ModelConfig) -> int:
-    """Temporaries of the largest pass, a chunk of a prompt: hidden states, queries, experts' hidden rows, logits."""
-    rows = 6 * config.dim + 3 * config.n_heads * config.head_dim
-    experts = config.router.top_k * (2 * config.dim + 2 * config.expert_hidden)
-    return FLOAT * (PREFILL_CHUNK * (rows + experts) + 4 * config.vocab_size)
+def scratch_bytes(config: ModelConfig, recipe: Recipe, chunk: int) -> int:
+    """Temporaries of a pass of `chunk` tokens: hidden states, queries, experts' rows and hidden rows, logits.
+
+    Hidden rows are int8 where the weights are quantized. Seen at 8x7B's widths: 75 MB of the 138 that this says.
+    """
+    rows = FLOAT * (6 * config.dim + 3 * config.n_heads * config.head_dim + 2 * config.router.top_k * config.dim)
+    hidden = config.router.top_k * config.expert_hidden * (FLOAT if recipe.experts == "bf16" else 2)
+    return chunk * (rows + hidden) + 4 * FLOAT * config.vocab_size
 
 
 def trunk_bytes_per_token(config: ModelConfig, recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from mixlocal.app.budgets import RunOptions, check_context, check_top_k, plan_notes, plan_run
-from mixlocal.app.footprint import stored_bytes
+from mixlocal.app.footprint import stored_bytes, with_shorter_passes
 from mixlocal.app.hardware import probe
 from mixlocal.errors import MemoryBudgetError, RefusedError, UsageError
 from mixlocal.experts.device import CudaDevice
@@ -51,7 +51,8 @@ class ModelRun:
         self.warnings = _warnings(self.config, options)
         _check_shape(store, self.config)
         check_context(self.config, options.context)
-        self.plan = plan_run(stored_bytes(store.manifest, self.config, self.kv_dtype), hardware, options)
+        needs = stored_bytes(store.manifest, self.config, self.kv_dtype)
+        self.plan = plan_run(with_shorter_passes(needs, self.config, store.manifest.recipe), hardware, options)
         self.device = options.gpu_name if self.plan.on_gpu else "cpu"
         self.warnings += plan_notes(self.plan, hardware, self.config, options)
         manifest = store.manifest
@@ -70,7 +71,8 @@ class ModelRun:
             self._profile = load_profile(self._profile_path, self.config.n_layers, self.config.router.n_experts)
         trunk = load_trunk(self.store, self.config, self.device)
         self._experts = self._open_experts()
-        return Transformer(self.config, trunk, self._experts, select(self.device), self.options.experts_per_token)
+        top_k, chunk = self.options.experts_per_token, self.plan.chunk
+        return Transformer(self.config, trunk, self._experts, select(self.device), top_k, chunk)
 
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""

@@ -10,7 +10,7 @@ import torch
 
 from mixlocal.app.budgets import RunOptions, check_context, check_top_k, plan_run
 from mixlocal.app.catalog import Variant, find_entry, is_folder, recipe_for, split_variant
-from mixlocal.app.footprint import model_bytes, stored_bytes
+from mixlocal.app.footprint import model_bytes, stored_bytes, with_shorter_passes
 from mixlocal.app.hardware import Hardware, probe
 from mixlocal.app.installed import find_store
 from mixlocal.app.model_run import kv_dtype, store_config
@@ -43,10 +43,13 @@ class Subject:
     recipe: Recipe
     store: ModelStore | None
 
-    def nbytes(self, dtype: torch.dtype) -> ModelBytes:
+    def nbytes(self, dtype: torch.dtype) -> tuple[ModelBytes, ...]:
+        """See `with_shorter_passes`."""
         if self.store is not None:
-            return stored_bytes(self.store.manifest, self.config, dtype)
-        return model_bytes(f"{self.name}:{self.variant}", self.config, self.recipe, dtype)
+            needs = stored_bytes(self.store.manifest, self.config, dtype)
+        else:
+            needs = model_bytes(f"{self.name}:{self.variant}", self.config, self.recipe, dtype)
+        return with_shorter_passes(needs, self.config, self.recipe)
 
 
 @dataclass(frozen=True, slots=True)

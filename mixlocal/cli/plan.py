@@ -63,7 +63,7 @@ def _table(outlook: Outlook) -> Table:
     rows += [
         (f"{here}: attention, router, embeddings", "", plan.trunk_bytes),
         (f"{here}: KV cache, {cache}", "", plan.kv_bytes),
-        (f"{here}: temporaries", "", plan.scratch_bytes),
+        (f"{here}: temporaries of {plan.chunk} tokens at once", "", plan.scratch_bytes),
         ("memory: interpreter and libraries", "", plan.base_bytes),
         ("memory: experts", str(plan.ram_slots), plan.ram_slots * plan.record_bytes),
         ("memory in all", "", plan.ram_bytes),

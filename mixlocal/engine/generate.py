@@ -13,8 +13,6 @@ from mixlocal.errors import ContextOverflowError, UsageError
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.model.transformer import Transformer
 
-PREFILL_CHUNK = 512
-
 Finish = Literal["stop", "length"]
 
 
@@ -61,8 +59,8 @@ def generate(
 
 def prefill(model: Transformer, ids: list[int], cache: KVCache) -> Iterator[tuple[Prefilled, torch.Tensor]]:
     """Run `ids` through the model in chunks; yields progress and the logits [V] after it."""
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        chunk = ids[start : start + PREFILL_CHUNK]
+    for start in range(0, len(ids), model.chunk):
+        chunk = ids[start : start + model.chunk]
         yield Prefilled(start + len(chunk), len(ids)), model.forward(torch.tensor(chunk), cache)
 
 

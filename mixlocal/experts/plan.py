@@ -10,8 +10,8 @@ from math import ceil
 
 from mixlocal.errors import MemoryBudgetError
 
-# Interpreter, libraries, threads: seen 270 to 300 MB.
-BASE_BYTES = 310_000_000
+PREFILL_CHUNK = 512  # tokens of a prompt that go through the model at once, where memory has room for that
+BASE_BYTES = 280_000_000  # interpreter, libraries, threads: seen 230 to 275 MB
 CUDA_BYTES = 1_500_000_000  # of CUDA's libraries and context in this computer's memory: an estimate, not yet measured
 FEWEST_TOKENS = 4096  # of context that are kept room for before experts are, when none was asked for
 CONTEXT_SHARE = 16  # without a wish, the KV cache may take one part in so many of the budget
@@ -20,8 +20,8 @@ GPU_STAGING = 2  # slots through which an expert passes that is copied to be use
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
-    """What a model takes. kv_token: of the KV cache, per token. record: one expert's. scratch: temporaries of the
-    largest forward pass."""
+    """What a model takes. kv_token: of the KV cache, per token. record: one expert's. scratch: temporaries of
+    the largest forward pass, of `chunk` tokens."""
 
     name: str
     trunk: int
@@ -31,6 +31,7 @@ class ModelBytes:
     n_experts: int
     record: int
     scratch: int
+    chunk: int = PREFILL_CHUNK
 
     @property
     def n_records(self) -> int:
@@ -54,7 +55,7 @@ class MemoryPlan:
     """What lies where, in bytes and slots of one expert each.
 
     gpu_slots, ram_slots: experts that stay there; the others are read from disk when they are chosen.
-    staging_slots: on the GPU, for experts that are copied to be used once.
+    staging_slots: on the GPU, for experts that are copied to be used once.  chunk: tokens of a prompt at once.
     direct_io: reads pass by the page cache, which has no room for what the slots leave out.
     """
 
@@ -67,6 +68,7 @@ class MemoryPlan:
     trunk_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    chunk: int
     record_bytes: int
     n_records: int
     gpu_slots: int
@@ -125,8 +127,8 @@ def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
     return MemoryPlan(
         name=model.name, on_gpu=budgets.vram is not None, budget=budgets.ram, context=context,
         sequences=budgets.sequences, base_bytes=base, trunk_bytes=model.trunk, kv_bytes=kv,
-        scratch_bytes=model.scratch, record_bytes=model.record, n_records=model.n_records, gpu_slots=gpu_slots,
-        ram_slots=ram_slots, staging_slots=staging, direct_io=budgets.free - used < cached,
+        scratch_bytes=model.scratch, chunk=model.chunk, record_bytes=model.record, n_records=model.n_records,
+        gpu_slots=gpu_slots, ram_slots=ram_slots, staging_slots=staging, direct_io=budgets.free - used < cached,
     )  # fmt: skip
 
 

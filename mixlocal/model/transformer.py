@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mixlocal.experts.plan import PREFILL_CHUNK
 from mixlocal.experts.runtime import ExpertRuntime, Routing
 from mixlocal.kernels import AttentionShape, AttentionWeights, Kernels, RouterWeights
 from mixlocal.model.config import ModelConfig
@@ -44,10 +45,13 @@ class Transformer:
         experts: ExpertRuntime,
         kernels: Kernels,
         top_k: int | None = None,
+        chunk: int = PREFILL_CHUNK,
     ) -> None:
+        """chunk: the most tokens that one pass should have, for its temporaries are counted on."""
         self.config = config
         self.top_k = top_k or config.router.top_k
         self.experts = experts
+        self.chunk = chunk
         eps, shape = config.norm_eps, attention_shape(config)
         self._embedding = trunk.embedding
         self._device = trunk.norm.device

@@ -12,9 +12,9 @@ from stores import quantized
 from mixlocal.app.installed import find_store
 from mixlocal.app.session import Chunk, Session
 from mixlocal.app.template import Message
-from mixlocal.engine.generate import PREFILL_CHUNK
 from mixlocal.engine.sampling import SamplingParams
 from mixlocal.errors import ContextOverflowError, MemoryBudgetError, NotFoundError, RefusedError, UsageError
+from mixlocal.experts.plan import PREFILL_CHUNK
 from mixlocal.store.paths import home
 
 
@@ -126,8 +126,8 @@ def test_memory_is_checked_before_loading(store: Path, monkeypatch: pytest.Monke
     from mixlocal.app import model_run as module
 
     monkeypatch.setattr(module, "load_trunk", lambda *_: pytest.fail("loaded although it cannot fit"))
-    with pytest.raises(MemoryBudgetError, match=r"needs at least --ram 3\d\dM with a context of 2048"):
-        Session.open(str(store), ram="300M")
+    with pytest.raises(MemoryBudgetError, match=r"needs at least --ram 2\d\dM with a context of 2048"):
+        Session.open(str(store), ram="250M")
 
 
 def test_more_memory_than_is_free_is_not_taken_in_silence(store: Path) -> None:

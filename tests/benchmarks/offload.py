@@ -6,8 +6,8 @@ Decodes prose token by token, teacher-forced, with everything resident and with 
 readers pass by the page cache, so what is read comes from the disk. Columns:
 
 hits aged, LRU, Belady: of caches of that size on the routing that was recorded, by policy; hits: of the real run.
-no overlap: tokens/s if reading and arithmetic took turns, 1 / (bytes read / disk speed + time with all resident), of the
-same rounds; the disk's speed is that of reads of one record one after the other, measured between the rounds.
+no overlap: tokens/s if reading and arithmetic took turns, 1 / (bytes read / disk speed + time with all resident), of
+the same rounds; the disk's speed is that of reads of one record one after the other, measured between the rounds.
 plan: the tokens/s that `mixlocal plan` computes before anything is loaded, with what the profile knew by then.
 """
 
@@ -128,8 +128,8 @@ def print_table(run: ModelRun, setups: list[Setup], steps: list[RoutedStep], rea
     stride, resident = run.plan.record_bytes, setups[0]
     print(f"records of {stride / 1e6:.1f} MB, {stride / median(reads) / 1e6:.0f} MB/s (median of {len(reads)}), ")
     print(f"all resident: {1 / median(resident.seconds):.1f} tokens/s; plan said {resident.expected or 0:.1f}\n")
-    heads = ["share", "aged", "LRU", "Belady", "hits", "MB/token", "tok/s", "no_overlap", "ratio_(range)", "recall", "plan", "error"]
-    print(f"| {' | '.join(heads).replace('_', ' ')} |\n|{'---|' * len(heads)}")
+    print("| share | aged | LRU | Belady | hits | MB/token | tok/s | no overlap | ratio | recall | plan | error |")
+    print(f"|{'---|' * 12}")
     for setup in setups[1:]:
         total = ExpertCounts()
         for counts in setup.counts:

@@ -162,7 +162,7 @@ def test_kernels_as_json(run) -> None:
         (("-m", "tiny", "--vary", "kv-dtype=f16,f17"), 2, "--kv-dtype 'f17' is none of f16, f32"),
         (("-m", "tiny", "--vary", "ram=1G,lots"), 2, "--ram 'lots' is no size"),
         (("-m", "tiny", "--vary", "ram=1G,"), 2, "--ram '' is no size"),
-        (("-m", "tiny", "--vary", "ram=1G,300M"), 7, "tiny:q4 needs at least --ram 3"),
+        (("-m", "tiny", "--vary", "ram=1G,250M"), 7, "tiny:q4 needs at least --ram 2"),
         (("--quick",), 2, "--quick needs --kernels"),
         (("-o", "xml"), 2, "xml"),
         (("-o", "csv", "--json"), 2, "contradict"),

@@ -70,8 +70,8 @@ def test_7_memory(run, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     few = ("-p", "2", "-n", "2", "-r", "1") if command[0] == "bench" else ()
     with monkeypatch.context() as patched:
         patched.setattr(model_run, "load_trunk", lambda *_: pytest.fail("loaded although it cannot fit"))
-        result = run(*command, *few, "--ram", "300M")
-    check(result, 7, "tiny:q4 needs at least --ram 3")
+        result = run(*command, *few, "--ram", "250M")
+    check(result, 7, "tiny:q4 needs at least --ram 2")
     smallest = re.search(r"--ram (\d+M)", result.err)
     assert smallest is not None
     assert run(*command, *few, "--ram", smallest[1]).code == 0
