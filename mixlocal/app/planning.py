@@ -30,6 +30,7 @@ from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home
 from mixlocal.store.strict_json import read_json_object
 
+PAUSE = 0.001  # seconds of arithmetic between two reads
 DEFAULT_VARIANT: Variant = "q4"
 
 
@@ -134,12 +135,13 @@ def _record_time(subject: Subject, plan: MemoryPlan) -> tuple[float | None, str]
     if subject.store is not None:
         how = "past the page cache" if plan.direct_io else "where the page cache may help"
         path = subject.store.folder / EXPERTS_FILE
-        return record_seconds(path, plan.record_bytes, direct=plan.direct_io), f"measured on the model itself, {how}"
+        seconds = record_seconds(path, plan.record_bytes, direct=plan.direct_io, pause=PAUSE)
+        return seconds, f"measured on the model itself, {how}"
     library = _large_file()
     if library is None:
         return None, ""
     piece = min(plan.record_bytes, library.stat().st_size // 4 // 4096 * 4096)
-    seconds = record_seconds(library, piece, direct=True)
+    seconds = record_seconds(library, piece, direct=True, pause=PAUSE)
     scaled = seconds * plan.record_bytes / piece if seconds else None
     return scaled, "measured on the disk that PyTorch lies on"
 

@@ -18,6 +18,7 @@ SLOW = 0.02  # weight of the newest token in a lasting rate: half of it is of th
 FAST = 0.7  # in a momentary one: half of it is of the last token
 FORGET = 0.999  # of what was learnt about the two, per applied layer
 LEAST_RATE = 1e-3
+NEVER = 1e15  # applied layers ahead
 TOGETHER = 8  # layers that a rate may lag behind: a handful of numbers at a time cost more to fetch than to add
 
 
@@ -49,7 +50,8 @@ class AgedFrequency:
         self._layer = n_layers - 1
         self._waiting: list[tuple[int, list[int]]] = []
         self._extra = self._extra_distance(self._slow, 1).reshape(-1)
-        self._turns = np.arange(n_layers * n_experts) // n_experts
+        layers = np.arange(n_layers * n_experts) // n_experts
+        self._turn = [((layers - now - 1) % n_layers + 1).astype(float) for now in range(n_layers)]  # of each key
 
     def use(self, layer: int, counts: Ints, tokens: int) -> None:
         """See `Policy.use`."""
@@ -66,8 +68,8 @@ class AgedFrequency:
 
     def distance(self, keys: Ints) -> Floats:
         """See `Policy.distance`."""
-        turn: Floats = (self._turns[keys] - self._layer - 1) % self._n_layers + 1 + self._extra[keys]
-        return turn
+        distance: Floats = (self._turn[self._layer] + self._extra)[keys]
+        return distance
 
     def _learn_waiting(self) -> None:
         if self._waiting:
@@ -123,9 +125,9 @@ class Belady:
     def __init__(self, n_layers: int, n_experts: int, trace: Sequence[tuple[int, Ints]]) -> None:
         """trace: (layer, the chosen experts) of every applied layer, in order."""
         self._n_experts, self._step = n_experts, 0
-        self._next = np.full(n_layers * n_experts, np.inf)
+        self._next = np.full(n_layers * n_experts, NEVER)
         self._after: list[tuple[Ints, Floats]] = []  # of each step: its keys, and the steps of their next uses
-        upcoming = np.full(n_layers * n_experts, np.inf)
+        upcoming = np.full(n_layers * n_experts, NEVER)
         for step in range(len(trace) - 1, -1, -1):
             layer, experts = trace[step]
             keys = layer * n_experts + experts

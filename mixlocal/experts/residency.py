@@ -27,6 +27,7 @@ class Residency:
         self._n_layers, self._n_experts, self._policy, self._floor = n_layers, n_experts, policy, floor
         self._key_in = np.full(n_slots, NOWHERE, dtype=np.int64)
         self._filled = np.zeros(n_slots, dtype=bool)
+        self._barred = np.full(n_slots, -np.inf)  # 0 where filled: added to a distance, so that no other slot is taken
         self._slot_of: list[int] = []  # by key, as what follows; plain lists, for they are asked one by one
         self._found: list[int] = []  # the same, of filled slots only
         self._held: list[int] = []  # slots that each layer has
@@ -61,8 +62,9 @@ class Residency:
 
     def fill(self, key: int) -> None:
         """What was written into `key`'s slot is `key`."""
-        self._filled[self._slot_of[key]] = True
-        self._found[key] = self._slot_of[key]
+        slot = self._slot_of[key]
+        self._filled[slot], self._barred[slot] = True, 0.0
+        self._found[key] = slot
 
     def release(self, key: int) -> None:
         """Forget `key`, whose slot holds nothing that may be used."""
@@ -81,8 +83,7 @@ class Residency:
         for key in handicapped:
             if self._slot_of[key] != NOWHERE:
                 distance[self._slot_of[key]] *= handicap
-        distance[~self._filled] = -np.inf
-        return int(self._key_in[distance.argmax()])
+        return int(self._key_in[(distance + self._barred).argmax()])
 
     def repair(self) -> None:
         """After an interrupt between any two steps of the above: only filled slots count, the others are free."""
@@ -96,6 +97,7 @@ class Residency:
             else:
                 self._filled[slot], self._key_in[slot] = False, NOWHERE
                 self._free.append(slot)
+        self._barred = np.where(self._filled, 0.0, -np.inf)
         self._found = self._slot_of.copy()
 
     def _evict(self, keep: Collection[int]) -> int:
@@ -103,18 +105,18 @@ class Residency:
         if self._floor and min(self._held) <= 1:
             robbed = np.array(self._held)[self._key_in // self._n_experts] <= 1
             distance[robbed] = -1 - 1 / (2 + distance[robbed])  # behind all others, in their own order
-        distance[~self._filled] = -np.inf
+        distance += self._barred
         for key in keep:
             if self._slot_of[key] != NOWHERE:
                 distance[self._slot_of[key]] = -np.inf
         slot = int(distance.argmax())
-        if distance[slot] == -np.inf:
+        if not self._filled[slot] or int(self._key_in[slot]) in keep:
             return NOWHERE
         self._forget(slot)
         return slot
 
     def _forget(self, slot: int) -> None:
         key = int(self._key_in[slot])
-        self._filled[slot] = False
+        self._filled[slot], self._barred[slot] = False, -np.inf
         self._key_in[slot], self._slot_of[key], self._found[key] = NOWHERE, NOWHERE, NOWHERE
         self._held[key // self._n_experts] -= 1

@@ -40,7 +40,7 @@ CGROUP = Path("/sys/fs/cgroup")
 V1 = (CGROUP / "memory" / "memory.limit_in_bytes").exists()
 MB = 1_000_000
 QUIET = 0.1  # cores that other programs may take from a run: llama.cpp's threads wait for each other at every step
-TRIES = 5
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def ours(job: Job, ids: list[int], limit: Callable[[], None]) -> Result:
 
     with (
         tempfile.TemporaryDirectory() as empty,  # a home where nothing was learnt from this text
+        past_the_page_cache(),  # as a plan would have it that knew of the limit
         Session.open(
             job.model, context=len(ids), threads=job.threads, ram=job.ram, folders=home(Path(empty))
         ) as session,
@@ -100,10 +101,22 @@ def ours(job: Job, ids: list[int], limit: Callable[[], None]) -> Result:
         with anonymous_peak(not job.limit) as peak:
             for _ in prefill(session.model, ids[: job.prompt], cache):
                 pass
-            hits, reads = counts.ram_hits, counts.disk_reads
+            hits, reads = counts.ram_hits, counts.disk_hits
             times = timed(ids[job.prompt :], lambda token: decode_step(session.model, token, cache))
-        hits, reads = counts.ram_hits - hits, counts.disk_reads - reads
+        hits, reads = counts.ram_hits - hits, counts.disk_hits - reads
         return Result(*times, status("VmHWM"), max(peak), hits / (hits + reads), session.run.plan.ram_slots)
+
+
+@contextmanager
+def past_the_page_cache() -> Iterator[None]:
+    from mixlocal.app import model_run
+
+    plan_run = model_run.plan_run
+    model_run.plan_run = lambda *given: replace(plan_run(*given), direct_io=True)
+    try:
+        yield
+    finally:
+        model_run.plan_run = plan_run
 
 
 def theirs(job: Job, ids: list[int], limit: Callable[[], None]) -> Result:
@@ -239,7 +252,8 @@ def drop_pages(model: Path) -> None:
 
 def ram_for(share: float, job: Job, context: int) -> tuple[int, int, int]:
     """The least --ram, to a tenth of an MB, that keeps `share` of the experts; how many it keeps, and of how many."""
-    from mixlocal.app.model_run import ModelRun, RunOptions
+    from mixlocal.app.budgets import RunOptions
+    from mixlocal.app.model_run import ModelRun
     from mixlocal.errors import MemoryBudgetError
     from mixlocal.store.model_store import ModelStore
 
