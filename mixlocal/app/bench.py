@@ -31,10 +31,12 @@ from mixlocal.store.paths import Home
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
-    """What the rows of one model share. model_size: bytes on disk. bytes_per_token: see `weight_bytes_per_token`."""
+    """What the rows of one model share. run: how it differs from the others of the benchmark. model_size: bytes on
+    disk. bytes_per_token: see `weight_bytes_per_token`."""
 
     model: str
     variant: str
+    run: str
     model_size: int
     model_n_params: int
     backend: str
@@ -57,6 +59,7 @@ class BenchRow:
 
     model: str
     variant: str
+    run: str
     model_size: int
     model_n_params: int
     backend: str
@@ -87,10 +90,11 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class BenchTarget:
-    """A loaded model; no tokenizer is needed."""
+    """A loaded model; no tokenizer is needed. label: what tells it from the others of one benchmark."""
 
     run: ModelRun
     model: Transformer
+    label: str = ""
 
 
 def prepare_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> ModelRun:
@@ -103,10 +107,12 @@ def prepare_bench(model: str, request: BenchRequest, options: RunOptions, folder
     return ModelRun(store, replace(options, context=request.context, threads=request.threads[0]), folders)
 
 
-def open_bench(model: str, request: BenchRequest, options: RunOptions, folders: Home) -> BenchTarget:
+def open_bench(
+    model: str, request: BenchRequest, options: RunOptions, folders: Home, label: str = ""
+) -> BenchTarget:
     """Load what `prepare_bench` prepares."""
     run = prepare_bench(model, request, options, folders)
-    return BenchTarget(run, run.load())
+    return BenchTarget(run, run.load(), label)
 
 
 def run_bench(target: BenchTarget, request: BenchRequest) -> Iterator[Running | BenchRow]:
@@ -125,7 +131,7 @@ def run_bench(target: BenchTarget, request: BenchRequest) -> Iterator[Running | 
 def describe_model(target: BenchTarget) -> BenchModel:
     manifest, config = target.run.store.manifest, target.run.config
     return BenchModel(
-        manifest.name, manifest.variant, manifest.nbytes, total_and_active(config)[0], select("cpu").name,
+        manifest.name, manifest.variant, target.label, manifest.nbytes, total_and_active(config)[0], select("cpu").name,
         weight_bytes_per_token(config, manifest.recipe, target.model.top_k),
         target.run.plan.budget, target.run.plan.ram_slots, target.run.plan.n_records,
     )  # fmt: skip
@@ -174,7 +180,7 @@ def _row(
     speeds = [test.n_tokens * 1e9 / sample for sample in samples]
     read = median(bandwidths) if bandwidths else None
     return BenchRow(
-        model.model, model.variant, model.model_size, model.model_n_params, model.backend, test.n_threads,
+        model.model, model.variant, model.run, model.model_size, model.model_n_params, model.backend, test.n_threads,
         test.name, test.n_prompt, test.n_gen, test.n_depth,
         avg_ns=fmean(samples), stddev_ns=_spread(samples), avg_ts=fmean(speeds), stddev_ts=_spread(speeds),
         samples_ns=tuple(samples), samples_ts=tuple(speeds),

@@ -79,10 +79,13 @@ class BenchRequest:
 SWITCH = {"on": True, "off": False}
 
 
-def varied(options: RunOptions, vary: str | None) -> tuple[RunOptions, ...]:
-    """`options` with each of the values of "ram=6G,8G,12G". Raises `UsageError` for what cannot be varied."""
+def varied(options: RunOptions, vary: str | None) -> tuple[tuple[str, RunOptions], ...]:
+    """`options` with each of the values of "ram=6G,8G,12G", each behind what tells it from the others, "ram=6G".
+
+    Raises `UsageError` for what cannot be varied.
+    """
     if vary is None:
-        return (options,)
+        return (("", options),)
     name, _, values = vary.partition("=")
     change = VARIABLES.get(name)
     if change is None or not values:
@@ -90,7 +93,7 @@ def varied(options: RunOptions, vary: str | None) -> tuple[RunOptions, ...]:
             f"--vary {vary!r} is not of the form NAME=VALUE,...", f"NAME is one of {', '.join(VARIABLES)}"
         )
     try:
-        return tuple(change(options, value.strip()) for value in values.split(","))
+        return tuple((f"{name}={value.strip()}", change(options, value.strip())) for value in values.split(","))
     except (ValueError, KeyError) as error:
         raise UsageError(f"--vary {vary!r}: {error} is no value of {name}") from error
 

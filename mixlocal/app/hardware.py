@@ -126,15 +126,23 @@ def _cgroup_memory() -> tuple[int, int]:
     for limit_file, used_file in [*v2, *v1]:
         try:
             allowed, used = limit_file.read_text().strip(), int(used_file.read_text())
-            stat = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
         if allowed != "max":
+            stat = _cgroup_stat(limit_file.parent)
             prefix = "total_" if "total_inactive_file" in stat else ""  # with what lies below it, as `used` is
             reclaimable = sum(int(stat.get(f"{prefix}{state}_file", 0)) for state in ("inactive", "active"))
             limit = min(limit, int(allowed))
             free = min(free, max(0, int(allowed) - max(0, used - reclaimable)))
     return limit, free
+
+
+def _cgroup_stat(folder: Path) -> dict[str, str]:
+    """What its memory is used for; empty where that is not told."""
+    try:
+        return dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return {}
 
 
 def _cgroup_folders(controller: str, root: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from mixlocal.cli.options import (
 )
 from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say, warn
 from mixlocal.cli.report import Report, Row, report
-from mixlocal.errors import MixlocalError, UsageError
+from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.bench import BenchRow
@@ -124,20 +124,17 @@ def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, An
     request = BenchRequest(
         given["n_prompts"], given["n_gens"], given["n_depths"], threads, given["repetitions"], given["warmup"]
     )
-    for run in runs:  # a value that cannot be is told before the first is measured
+    for _, run in runs:  # a value that cannot be is told before the first is measured
         prepare_bench(given["model"], request, run, options.folders())
     rows: Report[BenchRow] | None = None
-    for run in runs:
-        target = open_bench(given["model"], request, run, options.folders())
+    for label, run in runs:
+        target = open_bench(given["model"], request, run, options.folders(), label)
         settle()
         for warning in target.run.warnings:
             warn(options, warning)
         rows = rows or report(output, model_columns(describe_model(target), request))
         _print_rows(options, run_bench(target, request), rows)
-        try:
-            target.run.finish()
-        except MixlocalError as error:
-            warn(options, f"what was learnt of the routing is not kept: {error.message}")
+        target.model.experts.close()  # what random tokens choose is not worth learning
         del target  # its memory is the next one's
     assert rows is not None
     rows.end()

@@ -19,6 +19,7 @@ def model_columns(model: BenchModel, request: BenchRequest) -> list[Column[Bench
     name = f"{model.model}:{model.variant}"
     return [
         Column("model", lambda row: f"{row.model}:{row.variant}", len(name), right=False),
+        *([Column("run", lambda row: row.run, len(model.run), right=False)] if model.run else []),
         Column("size", lambda row: size(row.model_size), 7),
         Column("params", lambda row: count(row.model_n_params), 7),
         Column("backend", lambda row: row.backend, len(model.backend), right=False),

@@ -32,11 +32,6 @@ class Lookahead:
             return self._wanted
         return self._kept if self._kept is not None else self._passes // BLOCK % 2 == 0
 
-    @property
-    def pays(self) -> bool | None:
-        """The last trial's outcome; None where there was none yet."""
-        return self._kept
-
     def begin(self, tokens: int) -> None:
         """A pass of so many tokens begins."""
         self._tokens = tokens

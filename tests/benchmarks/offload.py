@@ -27,7 +27,7 @@ from mixlocal.app.model_run import ModelRun, open_experts
 from mixlocal.app.planning import Subject, measure_speeds
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import decode_step, prefill
-from mixlocal.errors import RefusedError
+from mixlocal.errors import NotFoundError
 from mixlocal.experts.forecast import forecast, look_up
 from mixlocal.experts.policies import AgedFrequency, Belady, LeastRecentlyUsed, Policy
 from mixlocal.experts.profile import learn
@@ -63,7 +63,7 @@ def prose_ids(store: ModelStore, count: int) -> list[int]:
     """Tokens of prose; of a model without a tokenizer, its own random ones."""
     try:
         ids = load_tokenizer(store.folder).encode(PROSE.read_text())
-    except RefusedError:
+    except NotFoundError:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, 32000, (count,), generator=generator).tolist()
     assert len(ids) >= count, f"the text has {len(ids)} tokens"
