@@ -77,6 +77,9 @@ def plan_notes(plan: MemoryPlan, hardware: Hardware, config: ModelConfig, option
             f"{plan.gpu_slots + plan.ram_slots} of {plan.n_records} experts fit in memory; the others are read from "
             "disk when they are chosen (mixlocal plan tells how fast that is)"
         )
+    if hardware.gpus and options.device == "auto" and not plan.on_gpu:
+        why = gpu_trouble(options) or "it has no room for what is outside the experts"
+        notes.append(f"{hardware.gpus[0].name} is not used: {why}")
     if plan.chunk < PREFILL_CHUNK:
         notes.append(f"memory is tight: prompts are read {plan.chunk} tokens at a time, which is slower")
     if options.context is None and plan.context < config.max_context:
@@ -113,11 +116,20 @@ def _gpu(hardware: Hardware, options: RunOptions) -> Gpu | None:
     """The one to use. Raises `UsageError` if a certain one is asked for and not there, or VRAM where there is none."""
     if options.device != "auto":
         select(options.device)
-    if options.device == "cpu" or (options.device == "auto" and not hardware.gpus):
+    if options.device == "cpu" or (options.device == "auto" and (not hardware.gpus or gpu_trouble(options))):
         if options.vram is not None:
             raise UsageError("--vram needs a GPU, and none is used", "mixlocal doctor tells what this machine has")
         return None
     return hardware.gpus[int(options.gpu_name.partition(":")[2] or 0)]
+
+
+def gpu_trouble(options: RunOptions) -> str:
+    """Why the GPU meant cannot be computed on; empty if it can."""
+    try:
+        select(options.gpu_name)
+    except UsageError as error:
+        return f"{error.message} ({error.hint})"
+    return ""
 
 
 def _within(option: str, asked: int | str | None, whole: int, free: int) -> int:

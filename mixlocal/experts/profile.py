@@ -20,6 +20,7 @@ from mixlocal.store.strict_json import MAX_BYTES
 FORMAT = 1
 SHARES = (0.25, 0.5, 0.75)  # of all experts in memory, for which hits are kept
 SETTLED_TOKENS = 4096  # of so many an average is kept; what comes later moves it slowly
+SURE_TOKENS = 1024  # of so many, hits are taken for known: to find them anew would cost every exit a fifth of a second
 SIMULATED_TOKENS = 64
 FEWEST_TOKENS = 32
 
@@ -77,7 +78,7 @@ def learn(trace: RoutingTrace, before: RoutingProfile | None) -> RoutingProfile 
     if before is not None:
         old = min(before.tokens, SETTLED_TOKENS)
         rates, tokens = (before.array() * old + rates * tokens) / (old + tokens), old + tokens
-    if not hits or tokens < SETTLED_TOKENS:
+    if not hits or tokens < SURE_TOKENS:
         hits = _hits([step for step in steps if step.tokens == 1], rates) or hits
     rounded = tuple(tuple(round(rate, 5) for rate in row) for row in rates.tolist())
     return RoutingProfile(FORMAT, min(tokens, SETTLED_TOKENS), rounded, hits)

@@ -12,8 +12,8 @@ import tiny
 import torch
 from stores import quantized
 
-from mixlocal.app import planning, rehearsal
-from mixlocal.app.budgets import RunOptions, plan_run
+from mixlocal.app import budgets, planning, rehearsal
+from mixlocal.app.budgets import RunOptions, plan_notes, plan_run
 from mixlocal.app.catalog import VARIANTS, read_catalog, recipe_for
 from mixlocal.app.footprint import stored_bytes
 from mixlocal.app.hardware import Gpu, Hardware
@@ -144,7 +144,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_forecast_by_hand(library: Path, folders: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the library is read in 20 ms, so a record takes 80."""
     seconds = {(library, 93_585_408 // 4, True): 0.020}
-    monkeypatch.setattr(planning, "record_seconds", lambda path, nbytes, direct: seconds[path, nbytes, direct])
+    monkeypatch.setattr(planning, "record_seconds", lambda path, nbytes, direct, pause: seconds[path, nbytes, direct])
     found = outlook(MIXTRAL, folders, ram="12G")
     assert found.forecast is not None
     assert found.forecast.compute_s == pytest.approx(32 * 0.010 + 0.080)
@@ -257,6 +257,7 @@ def test_widths_that_cannot_be_packed_are_refused(folders: Home, tmp_path: Path)
 
 def test_with_a_gpu_the_speed_is_not_known_yet(folders: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "probe", lambda _: replace(MACHINE, gpus=(GPU,)))
+    monkeypatch.setattr(budgets, "select", lambda name: None)
     monkeypatch.setattr(planning, "rehearse", lambda *_: pytest.fail("measured on the processor"))
     found = outlook(MIXTRAL, folders)
     assert (found.plan.on_gpu, found.plan.disk_records, found.forecast) == (True, 0, None)
@@ -274,7 +275,17 @@ def test_measuring_does_not_take_memory_that_is_not_there(folders: Home, monkeyp
 TOY = ModelBytes("toy", trunk=4 * GB, kv_token=1000, max_context=1, n_layers=2, n_experts=8, record=GB, scratch=0)
 
 
-def test_a_gpu_that_is_too_small_is_left_alone_unless_it_was_asked_for() -> None:
+def test_a_gpu_that_cannot_compute_is_left_alone_and_named(folders: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "probe", lambda _: replace(MACHINE, gpus=(GPU,)))
+    found = outlook("tiny", folders)
+    assert not found.plan.on_gpu
+    notes = plan_notes(found.plan, found.hardware, found.subject.config, RunOptions(context=8))
+    assert notes[0].startswith(f"{GPU.name} is not used: ")
+    assert "finds no GPU" in notes[0] or "bitsandbytes" in notes[0]
+
+
+def test_a_gpu_that_is_too_small_is_left_alone_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "select", lambda name: None)
     small = replace(MACHINE, gpus=(Gpu("small", 5 * GB, 4 * GB),))
     assert not plan_run((TOY,), small, RunOptions()).on_gpu
     with pytest.raises(MemoryBudgetError, match="at least --vram 6001M"):

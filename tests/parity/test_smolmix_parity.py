@@ -102,7 +102,7 @@ def test_the_answer_is_the_same_at_every_budget_and_memory_stays_within_it(folde
     """Peak memory of the whole process within --ram plus 5 %; a tenth to all of the experts fit."""
     install("q4", folders)
     answers, reads = set(), []
-    for budget in (600, 700, 800, 3000):
+    for budget in (500, 600, 700, 800, 3000):
         command = [sys.executable, "-m", "mixlocal", "--home", str(folders.models.parent), "prompt", "--json"]
         command += ["-m", "smolmix:q4", "--ctx", "2048", "--ram", f"{budget}M", "--seed", "3", "-n", "24", TEXT * 4]
         done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)

@@ -112,4 +112,5 @@ def test_a_read_takes_some_time(store: ModelStore, direct: bool, monkeypatch: py
     path, size = store.folder / EXPERTS_FILE, store.manifest.experts_bytes
     for nbytes in (store.manifest.stride, size // 4096 * 4096):
         assert (record_seconds(path, nbytes, direct=direct) or 0) > 0
+        assert (record_seconds(path, nbytes, direct=direct, pause=1e-4) or 0) > 0
     assert record_seconds(path, size + 4096, direct=direct) is None
