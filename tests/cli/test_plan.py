@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from mixlocal.app import model_run, planning, rehearsal
+from mixlocal.app import budgets, model_run, planning, rehearsal
 from mixlocal.app.hardware import Gpu, Hardware
 from mixlocal.app.rehearsal import StepTime
 from mixlocal.store import disk_speed
@@ -121,6 +121,7 @@ def test_json_of_a_speed_that_is_not_known(run, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_gpu_is_a_place_too(run, machine: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("Radiant 9000", 24 * GB, 20 * GB)
+    monkeypatch.setattr(budgets, "select", lambda name: None)
     monkeypatch.setattr(planning, "probe", lambda _: Hardware(2, 64 * GB, 60 * GB, 10**12, (gpu,)))
     text = run("plan", MIXTRAL).out
     for words in ("Radiant 9000 with 20.0 GB free", "GPU: experts", "GPU: KV cache", "memory: experts"):
