@@ -7,6 +7,7 @@ a `recover`, after which only slots that were filled count.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
@@ -40,6 +41,7 @@ class HostTier:
         self._kernels, self._counts = kernels, counts
         self._bound: list[Expert] = [kernels.bind_expert(read_record(manifest.layout, slot)) for slot in self.slots]
         self._reader = ExpertReader(file)
+        weakref.finalize(self, self._reader.close)  # who forgets to close leaves no threads behind
         self._preloads: dict[int, Read] = {}  # reads that nobody waits for, by key
         self._prefetches: dict[int, Read] = {}
         self._unchecked: list[Read] = []  # in use before their checksums were compared

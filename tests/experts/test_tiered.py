@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import linecache
 import os
 import random
@@ -211,16 +212,23 @@ def test_a_store_removed_or_replaced_while_it_runs_is_not_noticed(tmp_path: Path
     experts.close()
 
 
-def test_closing_waits_for_nobody_and_closes_the_file(store: ModelStore) -> None:
-    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+@pytest.mark.parametrize("closes", [True, False])
+def test_nothing_is_left_of_a_model(store: ModelStore, closes: bool) -> None:
+    """Closed or forgotten, its threads end, and its file is closed."""
+    before = set(threading.enumerate())
     model, experts = opened(store, EXPERTS)
     logits(model)
-    experts.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("experts-"):
-            thread.join(5)
-    if before:
-        assert set(os.listdir("/proc/self/fd")) <= before
+    descriptor, readers = experts.host._reader._file._descriptor, set(threading.enumerate()) - before
+    assert readers
+    if closes:
+        experts.close()
+    del model, experts
+    gc.collect()
+    for thread in readers:
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_slots_are_pages(tiered: tuple[Transformer, TieredExperts]) -> None:
