@@ -58,15 +58,6 @@ def scratch_bytes(config: ModelConfig, recipe: Recipe, chunk: int) -> int:
     return chunk * (rows + hidden) + 4 * FLOAT * config.vocab_size
 
 
-def trunk_bytes_per_token(config: ModelConfig, recipe: Recipe) -> int:
-    """What decoding one token reads of the trunk; the embedding counts only where it is the head too."""
-    return sum(
-        _tensor_bytes(tensor, recipe.attention_spec)
-        for tensor in trunk_tensors(config)
-        if tensor.name != EMBEDDING or config.tied_embeddings
-    )
-
-
 def weight_bytes_per_token(config: ModelConfig, recipe: Recipe, top_k: int) -> int:
     """Bytes of weights that decoding one token reads: `top_k` experts a layer, and the trunk with its output head.
 
@@ -74,7 +65,12 @@ def weight_bytes_per_token(config: ModelConfig, recipe: Recipe, top_k: int) -> i
     """
     expert = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
     parts = sum(part.nbytes for part in expert.parts)
-    return config.n_layers * top_k * parts + trunk_bytes_per_token(config, recipe)
+    trunk = sum(
+        _tensor_bytes(tensor, recipe.attention_spec)
+        for tensor in trunk_tensors(config)
+        if tensor.name != EMBEDDING or config.tied_embeddings
+    )
+    return config.n_layers * top_k * parts + trunk
 
 
 def _tensor_bytes(tensor: TrunkTensor, spec: QuantSpec) -> int:
