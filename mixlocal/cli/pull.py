@@ -2,30 +2,148 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals
-from mixlocal.cli.render import print_json, say, show_progress, size
+from mixlocal.cli.render import print_json, safe_text, say, show_progress, size, warn
+from mixlocal.errors import MixlocalError, UsageError
+
+if TYPE_CHECKING:
+    from mixlocal.app.pull import PullOptions
+    from mixlocal.app.pull_plan import PullPlan
+    from mixlocal.app.reference import HubModel
+    from mixlocal.store.model_store import ModelStore
 
 
 @click.command()
 @click.argument("model")
-@click.option("--keep-source", is_flag=True, help="Keep the unquantized checkpoint.")
+@click.option("--revision", metavar="REV", help="A branch, a tag or a commit; as MODEL@REV.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be fetched, and whether it would fit and run.")
+@click.option("--jobs", type=click.IntRange(1, 16), default=4, show_default=True, help="Files fetched at once.")
+@click.option("--limit-rate", metavar="SIZE", help="Bytes per second over all of them: 10M.")
+@click.option("--keep-source", is_flag=True, help="Keep the unquantized checkpoint too.")
+@click.option("--force", is_flag=True, help="Begin even if disk or memory look too small.")
+@click.option("--offline", is_flag=True, help="Use what is here and ask nobody.")
+@click.option("--patience", metavar="SECONDS", type=click.FloatRange(1), default=600.0, show_default=True,
+              help="Give up after so long without a new byte.")  # fmt: skip
 @json_option
 @pass_globals
-def pull(options: Globals, model: str, keep_source: bool) -> None:
-    """Get MODEL (a name of the catalogue, with an optional :q4, :q8 or :bf16), ready to run.
+def pull(
+    options: Globals, model: str, revision: str | None, dry_run: bool, jobs: int, limit_rate: str | None,
+    keep_source: bool, force: bool, offline: bool, patience: float,
+) -> None:  # fmt: skip
+    """Get MODEL ready to run: a name of the catalogue, org/repo[@revision] of the Hub, or a checkpoint folder, with an
+    optional :q4, :q8 or :bf16.
 
-    May be stopped at any moment; the same command goes on where it was.
+    First tells what it takes. Experts are quantized as they land, and each finished shard is freed. May be stopped at
+    any moment; the same command goes on at the byte where it was.
     """
-    from mixlocal.app.catalog import split_variant
-    from mixlocal.app.install import pull as install
+    from mixlocal.app.catalog import is_folder, split_variant
+    from mixlocal.app.reference import hub_model
 
-    name, variant = split_variant(model)
-    store = show_progress(options, install(name, variant, options.folders(), keep_source=keep_source))
+    try:
+        name, _ = split_variant(model)
+        wanted = None if is_folder(name) else hub_model(model, revision)
+        if wanted is None:
+            if dry_run:
+                raise UsageError(f"--dry-run is for models of the Hub; see: mixlocal plan {model}")
+            store = _pull_local(options, model, keep_source)
+        else:
+            found = _pull_hub(
+                options, wanted, _pull_options(jobs, limit_rate, keep_source), dry_run, force, offline, patience
+            )
+            if found is None:
+                return
+            store = found
+    except KeyboardInterrupt:
+        say(options, f"stopped; go on with: mixlocal {shlex.join(sys.argv[1:])}")
+        raise
     manifest = store.manifest
     say(options, f"{manifest.name}:{manifest.variant} is ready, {size(manifest.nbytes)} in {store.folder}")
     if options.as_json:
         print_json(
-            {"model": manifest.name, "variant": manifest.variant, "bytes": manifest.nbytes, "folder": str(store.folder)}
-        )
+            {"event": "ready", "model": manifest.name, "variant": manifest.variant, "bytes": manifest.nbytes,
+             "revision": manifest.source.revision, "folder": str(store.folder)}
+        )  # fmt: skip
+
+
+def _pull_options(jobs: int, limit_rate: str | None, keep_source: bool) -> PullOptions:
+    from mixlocal.app.pull import PullOptions
+    from mixlocal.app.sizes import parse_size
+
+    rate = parse_size("--limit-rate", limit_rate, 0) if limit_rate else None
+    if rate is not None and rate < 1:
+        raise UsageError(f"--limit-rate {limit_rate}: not a number of bytes per second", "such as 10M")
+    return PullOptions(jobs, rate, keep_source)
+
+
+def _pull_local(options: Globals, model: str, keep_source: bool) -> ModelStore:
+    from mixlocal.app.catalog import split_variant
+    from mixlocal.app.install import pull as install
+
+    name, variant = split_variant(model)
+    return show_progress(options, install(name, variant, options.folders(), keep_source=keep_source))
+
+
+def _pull_hub(
+    options: Globals, model: HubModel, pull_options: PullOptions, dry_run: bool, force: bool, offline: bool,
+    patience: float,
+) -> ModelStore | None:  # fmt: skip
+    """None after --dry-run."""
+    from mixlocal.app.pull_plan import PullJob
+
+    job = PullJob.begin(model, options.folders(), pull_options, offline=offline, patience=patience)
+    for text in job.warnings:
+        warn(options, text)
+    store = job.installed()
+    if store is not None and not dry_run:
+        return store
+    ready = job.from_bf16()
+    if ready is not None and not dry_run:
+        say(options, f"{model.name}: made from its bf16 variant, which is here")
+        return show_progress(options, ready, events=True)
+    if not dry_run:
+        job.check_writable()
+    say(options, f"asking {job.host} about {model}" if job.host else f"looking for {model} on this machine")
+    plan = show_progress(options, job.plan(), events=True)
+    _tell_plan(options, plan)
+    if dry_run:
+        return None
+    trouble = plan.trouble()
+    if trouble is not None and not force:
+        raise type(trouble)(trouble.message, f"{trouble.hint}; --force begins all the same".removeprefix("; "))
+    return show_progress(options, job.run(plan.survey, plan.needs), events=True)
+
+
+def _tell_plan(options: Globals, plan: PullPlan) -> None:
+    if options.as_json:
+        print_json({"event": "plan"} | _as_dict(plan))
+        return
+    for line in plan.lines():
+        say(options, safe_text(line))
+
+
+def _as_dict(plan: PullPlan) -> dict[str, Any]:
+    outlook, listing = plan.outlook, plan.survey.listing
+    error = plan.outlook_error
+    return {
+        "model": plan.survey.model.name, "variant": plan.survey.model.variant,
+        "repository": listing.repository, "revision": listing.commit, "files": len(plan.survey.shards),
+        "disk": _needs(plan) | {"missing": plan.needs.missing},
+        "memory": asdict(outlook.plan) if outlook else None,
+        "tokens_per_s": outlook.forecast.tokens_per_s if outlook and outlook.forecast else None,
+        "trouble": _trouble(plan.trouble()), "memory_trouble": _trouble(error),
+    }  # fmt: skip
+
+
+def _needs(plan: PullPlan) -> dict[str, Any]:
+    return asdict(plan.needs) | {"where": str(plan.needs.where)}
+
+
+def _trouble(error: MixlocalError | None) -> dict[str, Any] | None:
+    return {"code": error.code, "message": error.message, "exit": error.exit_code} if error else None

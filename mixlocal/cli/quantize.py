@@ -37,10 +37,10 @@ def quantize(
     options: Globals, model: str, bits: str | None, method: str | None, attention: str, scales: str, out: str | None,
     fresh: bool, keep_source: bool, report: str | None,
 ) -> None:  # fmt: skip
-    """Quantize MODEL, a checkpoint folder in Hugging Face format or smolmix, into a model store.
+    """Quantize MODEL into a model store: a checkpoint folder in Hugging Face format, smolmix, or a bf16 store.
 
-    Memory holds about one expert, whatever the model's size. May be killed at any moment; the same command goes on
-    behind the last finished expert and gives the same bytes.
+    Memory holds about one tensor, whatever the model's size. May be killed at any moment; the same command goes on
+    behind the last tensor that was finished and gives the same bytes.
     """
     from mixlocal.app.install import QuantizeRequest, quantize_model
     from mixlocal.app.quantize import describe_errors

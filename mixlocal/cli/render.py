@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
-    from mixlocal.app.progress import Progress
+    from mixlocal.app.progress import Progress, Step
     from mixlocal.cli.options import Globals
 
 Result = TypeVar("Result")
@@ -24,7 +24,10 @@ PLAIN_PROGRESS_SECONDS = 10.0
 UNWRAPPED_WIDTH = 1000
 WHAT_WIDTH = 20
 _KEPT = {"\n", "\t", "\u200d"}  # the joiner holds emoji together
-_STAGES = {"download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying"}
+_STAGES = {
+    "download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying",
+    "measure": "measuring this machine",
+}  # fmt: skip
 
 
 def safe_text(text: str) -> str:
@@ -98,46 +101,102 @@ def count(number: float) -> str:
     return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def show_progress(options: Globals, work: Generator[Progress, None, Result]) -> Result:
-    """Run long work to its end and return its result; a bar on a terminal, a line every 10 s elsewhere."""
+def show_progress(options: Globals, work: Generator[Step, None, Result], *, events: bool = False) -> Result:
+    """Run long work to its end and return its result; a bar on a terminal, a line every 10 s elsewhere.
+
+    events: with --json, tell on stdout too how it goes, an object a line.
+    """
+    shows: list[Callable[[Step], None]] = [_JsonLines().show] if events and options.as_json else []
     if options.quiet:
-        return _consume(work, lambda _: None)
+        return _consume(work, shows)
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        return _consume(work, _PlainLines().show)
+        return _consume(work, [*shows, _PlainLines().show])
     with _bars(options) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(step: Progress) -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(_STAGES[step.stage], total=step.total, what="")
-            bars.update(tasks[step.stage], completed=step.done, total=step.total, what=safe_text(step.what))
-
-        return _consume(work, show)
+        return _consume(work, [*shows, _Bars(bars).show])
 
 
-def _consume(work: Generator[Progress, None, Result], show: Callable[[Progress], None]) -> Result:
-    while True:
-        try:
+def _consume(work: Generator[Step, None, Result], shows: list[Callable[[Step], None]]) -> Result:
+    try:
+        while True:
             step = next(work)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        show(step)
+            for show in shows:
+                show(step)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        work.close()  # an interrupt may have struck between two steps
+
+
+class _Bars:
+    """A bar for each stage, and one for each file that is on its way."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, step: Step) -> None:
+        from mixlocal.app.progress import FileProgress, Notice
+
+        if isinstance(step, Notice):
+            self._bars.console.print(safe_text(step.text), markup=False)
+        elif isinstance(step, FileProgress):
+            self._update(step.name, "  file", step.done, step.total, step.name)
+            if step.done == step.total:
+                self._bars.remove_task(self._tasks.pop(step.name))
+        else:
+            self._update(step.stage, _STAGES[step.stage], step.done, step.total, step.what)
+
+    def _update(self, key: str, label: str, done: int, total: int, what: str) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(label, total=total, what="")
+        self._bars.update(self._tasks[key], completed=done, total=total, what=safe_text(what))
 
 
 class _PlainLines:
-    """One line when a stage begins and every 10 s of it."""
+    """One line when a stage begins and every 10 s of it, and what happens meanwhile."""
 
     def __init__(self) -> None:
-        self._stage, self._said = "", 0.0
+        self._said: dict[str, float] = {}
 
-    def show(self, step: Progress) -> None:
+    def show(self, step: Step) -> None:
+        from mixlocal.app.progress import FileProgress, Notice
+
+        if isinstance(step, Notice):
+            print(safe_text(step.text), file=sys.stderr, flush=True)
+        elif not isinstance(step, FileProgress):
+            self._show_stage(step)
+
+    def _show_stage(self, step: Progress) -> None:
         now = time.monotonic()
-        if step.stage == self._stage and now - self._said < PLAIN_PROGRESS_SECONDS:
+        if now - self._said.get(step.stage, -PLAIN_PROGRESS_SECONDS) < PLAIN_PROGRESS_SECONDS:
             return
-        share = 100 * step.done // max(step.total, 1)
-        print(f"{_STAGES[step.stage]} {share}% of {size(step.total)}", file=sys.stderr, flush=True)
-        self._stage, self._said = step.stage, now
+        share = f" {100 * step.done // step.total}% of {size(step.total)}" if step.total > 1 else ""
+        print(f"{_STAGES[step.stage]}{share}", file=sys.stderr, flush=True)
+        self._said[step.stage] = now
+
+
+class _JsonLines:
+    """An object a line: each stage once a second, and what happens meanwhile."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, Progress]] = {}
+
+    def show(self, step: Step) -> None:
+        from mixlocal.app.progress import FileProgress, Notice
+
+        if isinstance(step, Notice):
+            print_json({"event": "notice", "text": step.text})
+        elif not isinstance(step, FileProgress) and self._is_news(step):
+            print_json({"event": "progress", "stage": step.stage, "done": step.done, "total": step.total})
+            sys.stdout.flush()
+            self._said[step.stage] = time.monotonic(), step
+
+    def _is_news(self, step: Progress) -> bool:
+        last = self._said.get(step.stage)
+        if last is None:
+            return True
+        return last[1] != step and (step.done == step.total or time.monotonic() - last[0] >= 1)
 
 
 def _bars(options: Globals) -> Bars:

@@ -10,9 +10,7 @@ from mixlocal.model.config import ModelConfig
 from mixlocal.model.tensors import EMBEDDING, FINAL_NORM, HEAD, TrunkTensor, trunk_tensors
 from mixlocal.model.transformer import LayerWeights, TrunkWeights
 from mixlocal.quant.format import QuantSpec, QuantTensor, Weight
-from mixlocal.store.model_store import ModelStore
-
-SCALES_SUFFIX = ".scales"
+from mixlocal.store.model_store import SCALES_SUFFIX, ModelStore
 
 
 def load_trunk(store: ModelStore, config: ModelConfig, device: str = "cpu") -> TrunkWeights:

@@ -24,6 +24,12 @@ class TrunkTensor:
     def is_matrix(self) -> bool:
         return self.kind == "matrix"
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of a matrix."""
+        rows, columns = self.shape
+        return rows, columns
+
 
 def trunk_tensors(config: ModelConfig) -> Iterator[TrunkTensor]:
     """Every tensor but the experts', in the order the model uses them."""

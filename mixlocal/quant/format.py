@@ -54,9 +54,18 @@ class QuantSpec:
     def scale_dtype(self) -> torch.dtype:
         return torch.float16 if self.four_bit and self.scale_bits == 16 else torch.float32
 
-    def code_bytes(self, shape: tuple[int, int]) -> int:
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.four_bit else torch.int8 if self.kind == "int8" else torch.bfloat16
+
+    def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """[R, C/2] for 4 bits, else [R, C]."""
         rows, columns = shape
-        return rows * columns // 2 if self.four_bit else rows * columns * (1 if self.kind == "int8" else 2)
+        return rows, columns // 2 if self.four_bit else columns
+
+    def code_bytes(self, shape: tuple[int, int]) -> int:
+        rows, columns = self.codes_shape(shape)
+        return rows * columns * self.code_dtype.itemsize
 
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """[R, B] for 4 bits, [R, 1] for int8, [R, 0] for bf16."""

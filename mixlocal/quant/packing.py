@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from mixlocal.quant.format import ExpertLayout, ExpertWeights, QuantTensor, Weight
+from mixlocal.quant.format import PART_ALIGNMENT, ExpertLayout, ExpertWeights, QuantSpec, QuantTensor, Weight
 
 
 def byte_view(data: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 tensor, shared."""
     return data.numpy().data
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of any tensor, in row-major order; shared if it is contiguous."""
+    return byte_view(tensor.contiguous().flatten().view(torch.uint8))
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -20,6 +25,25 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """[R, C/2] -> [R, C], the inverse of `pack_nibbles`."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+
+
+def matrix_bytes(spec: QuantSpec, shape: tuple[int, int]) -> int:
+    """Room that `matrix_in` needs."""
+    rows, blocks = spec.scales_shape(shape)
+    return _scales_offset(spec, shape) + rows * blocks * spec.scale_dtype.itemsize
+
+
+def matrix_in(buffer: torch.Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Weight:
+    """A [R, C] matrix as views into the beginning of `buffer`, uint8, through which it is written."""
+    codes = buffer[: spec.code_bytes(shape)].view(spec.code_dtype).view(spec.codes_shape(shape))
+    if spec.kind == "bf16":
+        return codes
+    scales = buffer[_scales_offset(spec, shape) : matrix_bytes(spec, shape)].view(spec.scale_dtype)
+    return QuantTensor(spec, shape, codes, scales.view(spec.scales_shape(shape)))
+
+
+def _scales_offset(spec: QuantSpec, shape: tuple[int, int]) -> int:
+    return -(-spec.code_bytes(shape) // PART_ALIGNMENT) * PART_ALIGNMENT
 
 
 def read_record(layout: ExpertLayout, record: torch.Tensor) -> ExpertWeights:
@@ -37,16 +61,11 @@ def read_record(layout: ExpertLayout, record: torch.Tensor) -> ExpertWeights:
 
 def _record_arrays(layout: ExpertLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
     spec = layout.spec
-    code_dtype = torch.uint8 if spec.four_bit else torch.int8 if spec.kind == "int8" else torch.bfloat16
     arrays = {}
     for part in layout.parts:
         name, role = part.name.split(".")
-        rows, columns = layout.shapes[name]
-        shape = (
-            (rows, columns // 2 if spec.four_bit else columns)
-            if role == "codes"
-            else spec.scales_shape((rows, columns))
-        )
-        dtype = code_dtype if role == "codes" else spec.scale_dtype
+        matrix = layout.shapes[name]
+        shape = spec.codes_shape(matrix) if role == "codes" else spec.scales_shape(matrix)
+        dtype = spec.code_dtype if role == "codes" else spec.scale_dtype
         arrays[part.name] = record[part.offset : part.offset + part.nbytes].view(dtype).view(shape)
     return arrays

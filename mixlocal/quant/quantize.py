@@ -40,9 +40,7 @@ def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
 
 def empty(spec: QuantSpec, shape: tuple[int, int]) -> QuantTensor:
     """Room for a quantized matrix, not yet filled."""
-    rows, columns = shape
-    code_dtype = torch.uint8 if spec.four_bit else torch.int8
-    codes = torch.empty(rows, columns // 2 if spec.four_bit else columns, dtype=code_dtype)
+    codes = torch.empty(spec.codes_shape(shape), dtype=spec.code_dtype)
     return QuantTensor(spec, shape, codes, torch.empty(spec.scales_shape(shape), dtype=spec.scale_dtype))
 
 

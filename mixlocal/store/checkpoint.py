@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import reprlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,36 +60,44 @@ class Checkpoint:
         self.shards = _shards(folder)
         self.tensors: dict[str, TensorRef] = {}
         for shard in self.shards:
-            self._add(read_header(shard))
+            add_tensors(self.tensors, read_header(shard))
         if (folder / INDEX).is_file():
-            self._check_index(_weight_map(folder / INDEX))
+            check_index(str(folder / INDEX), _weight_map(folder / INDEX), self.tensors)
 
     def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor, read with `pread`, at the start of `buffer` (uint8, large enough) if one is given.
+        """See `read_tensor`."""
+        return read_tensor(ref, buffer)
 
-        Raises `CorruptError` if the file has become shorter.
-        """
-        data = torch.empty(ref.nbytes, dtype=torch.uint8) if buffer is None else buffer[: ref.nbytes]
-        read_into(ref.path, ref.offset, byte_view(data), once=True)
-        return data.view(ref.dtype).view(ref.shape)
 
-    def _add(self, refs: Iterable[TensorRef]) -> None:
-        for ref in refs:
-            if ref.name in self.tensors:
-                first = self.tensors[ref.name].path.name
-                raise RefusedError(f"{ref.path}: tensor {ref.name} is also in {first}")
-            self.tensors[ref.name] = ref
 
-    def _check_index(self, weight_map: dict[str, str]) -> None:
-        index = self.folder / INDEX
-        for name, shard in weight_map.items():
-            if name not in self.tensors or self.tensors[name].path.name != shard:
-                raise RefusedError(
-                    f"{index}: tensor {name} is not in {shard}", "a shard was swapped or is of another model"
-                )
-        extra = next((name for name in self.tensors if name not in weight_map), None)
-        if extra is not None:
-            raise RefusedError(f"{self.tensors[extra].path}: tensor {extra} is not in the index {INDEX}")
+def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef]) -> None:
+    """The tensors of one more shard. Raises `RefusedError` for one that another has too."""
+    for ref in refs:
+        if ref.name in tensors:
+            raise RefusedError(f"{ref.path}: tensor {ref.name} is also in {tensors[ref.name].path.name}")
+        tensors[ref.name] = ref
+
+
+def check_index(where: str, weight_map: dict[str, str], tensors: Mapping[str, TensorRef]) -> None:
+    """Raises `RefusedError` unless every tensor is in the shard that the index names for it."""
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            raise RefusedError(
+                f"{where}: tensor {name} is not in {shard}", "a shard was swapped or is of another model"
+            )
+    extra = next((name for name in tensors if name not in weight_map), None)
+    if extra is not None:
+        raise RefusedError(f"{tensors[extra].path}: tensor {extra} is not in the index {INDEX}")
+
+
+def read_tensor(ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor, read with `pread`, at the start of `buffer` (uint8, large enough) if one is given.
+
+    Raises `CorruptError` if the file has become shorter.
+    """
+    data = torch.empty(ref.nbytes, dtype=torch.uint8) if buffer is None else buffer[: ref.nbytes]
+    read_into(ref.path, ref.offset, byte_view(data), once=True)
+    return data.view(ref.dtype).view(ref.shape)
 
 
 def read_header(path: Path) -> list[TensorRef]:
@@ -201,12 +209,17 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
+    return read_weight_map(read_json_object(path, MAX_INDEX_BYTES), str(path))
+
+
+def read_weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """Tensor name -> shard, from the index's JSON. Raises `RefusedError` for names that are none."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise RefusedError(f"{path}: weight_map is missing or empty")
+        raise RefusedError(f"{where}: weight_map is missing or empty")
     for name, shard in weight_map.items():
         if not _is_tensor_name(name):
-            raise RefusedError(f"{path}: weight_map names a tensor {reprlib.repr(name)}")
+            raise RefusedError(f"{where}: weight_map names a tensor {reprlib.repr(name)}")
         if not isinstance(shard, str) or not is_plain_name(shard) or not shard.endswith(".safetensors"):
-            raise RefusedError(f"{path}: weight_map names the file {reprlib.repr(shard)} for {name}")
+            raise RefusedError(f"{where}: weight_map names the file {reprlib.repr(shard)} for {name}")
     return weight_map

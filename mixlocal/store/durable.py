@@ -152,6 +152,9 @@ class BuildFile:
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
+    def fileno(self) -> int:
+        return self._descriptor
+
     def read_all(self) -> bytes:
         with named_errors(self.path):
             return os.pread(self._descriptor, self.size(), 0)
@@ -172,8 +175,11 @@ class BuildFile:
             _call("fsync", 0, lambda _: os.fsync(self._descriptor))
 
     def close(self) -> None:
-        with named_errors(self.path):
-            os.close(self._descriptor)
+        """Once is enough, and twice does no harm."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with named_errors(self.path):
+                os.close(descriptor)
 
     def __enter__(self) -> BuildFile:
         return self

@@ -21,11 +21,9 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-def record_digest(model: str, layer: int, expert: int, record: torch.Tensor) -> str:
-    """xxh3-128 over model, layer, expert and bytes, so that a record in another's place is caught too."""
-    digest = xxhash.xxh3_128(f"{model}\0{layer}\0{expert}\0".encode())
-    digest.update(byte_view(record))
-    return digest.hexdigest()
+def record_hasher(model: str, layer: int, expert: int) -> xxhash.xxh3_128:
+    """Takes the bytes of a record; model, layer and expert are in it, so a record in another's place is caught too."""
+    return xxhash.xxh3_128(f"{model}\0{layer}\0{expert}\0".encode())
 
 
 class ExpertFile:
@@ -66,7 +64,9 @@ class ExpertFile:
         """Raises `CorruptError` unless `slot` holds that record as it was written."""
         manifest = self.manifest
         index = layer * manifest.n_experts + expert
-        if record_digest(manifest.name, layer, expert, slot) != manifest.records[index].xxh3:
+        hasher = record_hasher(manifest.name, layer, expert)
+        hasher.update(byte_view(slot))
+        if hasher.hexdigest() != manifest.records[index].xxh3:
             raise CorruptError(
                 f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again"
             )

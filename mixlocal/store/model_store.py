@@ -20,6 +20,7 @@ from mixlocal.store.memory import page_memory
 from mixlocal.store.paths import BUILDING_SUFFIX
 
 TRUNK_FILE = "trunk.safetensors"
+SCALES_SUFFIX = ".scales"  # of the tensor that holds a quantized trunk tensor's scales
 # What is taken over from a checkpoint as it came, where it is there.
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",

@@ -12,7 +12,7 @@ import platformdirs
 from mixlocal.errors import UsageError
 
 BUILDING_SUFFIX = ".building"  # of a folder that is not a model yet
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from mixlocal.quant.packing import byte_view
+from mixlocal.quant.packing import bytes_of
 from mixlocal.store.checkpoint import DTYPE_NAMES
 from mixlocal.store.durable import BuildFile
 
@@ -49,7 +49,7 @@ class ShardWriter:
         self._left = 0  # bytes that `_spec` still lacks
         self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_128()
         self._offset = 0
-        self._put(_header(specs))
+        self._put(header_of(specs))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor, or its next rows: a large one may come in parts."""
@@ -64,7 +64,7 @@ class ShardWriter:
         )
         assert tensor.nbytes <= self._left, (spec, tensor.shape)
         self._left -= tensor.nbytes
-        self._put(byte_view(tensor.contiguous().flatten().view(torch.uint8)))
+        self._put(bytes_of(tensor))
 
     def finish(self) -> WrittenFile:
         """Sync; the digests of the whole file."""
@@ -86,16 +86,10 @@ class ShardWriter:
         self._offset += len(data)
 
 
-def write_shard(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> WrittenFile:
-    with ShardWriter(path, specs) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-        return writer.finish()
-
-
-def _header(specs: Sequence[TensorSpec]) -> bytes:
+def header_of(specs: Sequence[TensorSpec]) -> bytes:
+    """Everything before the data of a file with these tensors, in this order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # some versions of transformers fail without it
-    for spec, begin in zip(specs, _offsets(specs), strict=True):
+    for spec, begin in zip(specs, offsets_of(specs), strict=True):
         entries[spec.name] = {
             "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, begin + spec.nbytes],
         }  # fmt: skip
@@ -104,7 +98,8 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
 
 
-def _offsets(specs: Sequence[TensorSpec]) -> Iterator[int]:
+def offsets_of(specs: Sequence[TensorSpec]) -> Iterator[int]:
+    """Where each tensor begins, counted from the end of the header."""
     offset = 0
     for spec in specs:
         yield offset

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import tiny
 
+from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
 from mixlocal.errors import PermissionDeniedError
-from mixlocal.store.building import journal_path, sweep
+from mixlocal.store.building import Building, journal_path, sweep
 from mixlocal.store.expert_file import EXPERTS_FILE
 from mixlocal.store.manifest import Manifest, Recipe, read_manifest
-from mixlocal.store.model_store import TRUNK_FILE
+from mixlocal.store.model_store import TRUNK_FILE, ModelStore
 
-STEPS = 7  # of progress before the interruption: the trunk and some of the 8 experts
+STEPS = 32  # of progress before the interruption: the 17 tensors of the trunk, 4 of the 8 experts, and part of one
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,23 @@ class Work:
 
     @property
     def building(self) -> Path:
-        return self.job.out.with_name(f"{self.job.out.name}.building")
+        return Building.folder_of(self.job.store.out)
 
     @property
     def journal(self) -> Path:
-        return journal_path(self.job.out)
+        return journal_path(self.job.store.out)
 
     def finish(self) -> None:
         """Run to the end; the store must be the one an undisturbed run makes."""
         for _ in quantize_checkpoint(self.job):
             pass
-        assert read_manifest(self.job.out) == self.expected
+        assert read_manifest(self.job.store.out) == self.expected
+        for _ in ModelStore.open(self.job.store.out).verify():
+            pass
 
 
 def job(checkpoint: Path, out: Path) -> QuantizeJob:
-    return QuantizeJob(checkpoint, out, "tiny", "q4", Recipe("nf4", 16, "bf16"), "tiny")
+    return QuantizeJob(checkpoint, StoreJob(out, "tiny", "q4", Recipe("nf4", 16, "int8")), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def work(interrupted: Work, tmp_path: Path) -> Work:
 
 def again(work: Work, interrupted: Work) -> None:
     """Back to what the interruption left."""
-    for folder in (work.job.out, work.building):
+    for folder in (work.job.store.out, work.building):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(interrupted.building, work.building)
     shutil.copy(interrupted.journal, work.journal)
@@ -126,6 +129,7 @@ def test_a_building_folder_that_is_a_link_is_refused_and_nothing_goes_through(wo
 def test_a_sweep_removes_what_the_dead_left(work: Work) -> None:
     work.finish()
     work.journal.write_bytes(b"left")
-    shutil.copytree(work.job.out, work.job.out.with_name(".q4.4711.removed"))
-    sweep(work.job.out)
-    assert [path.name for path in work.job.out.parent.iterdir()] == ["q4"]
+    out = work.job.store.out
+    shutil.copytree(out, out.with_name(".q4.4711.removed"))
+    sweep(out)
+    assert [path.name for path in out.parent.iterdir()] == ["q4"]
