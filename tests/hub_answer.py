@@ -149,5 +149,7 @@ class Request:
 
     @property
     def places(self) -> set[str]:
+        if self.origin == "foreign":
+            return {"foreign", "any"}
         api = self.path.startswith("/api/") and self.where != "small"
         return {self.where, self.origin, "any"} | ({"api"} if api else set())

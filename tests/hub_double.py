@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hub_answer import Answer, Request, Slice, json_answer, refusal
 from hub_faults import Fault, Strike, attempt
 from hub_origin import Origin
+from hub_repository import DATE, Entry, Repository, filler, listing, model_info, sha1
 
 __all__ = ["Fault", "HubDouble", "Repository", "Request"]
 
-LFS_NBYTES = 10 << 20  # the Hub keeps larger files outside of git
+RATE_LIMIT = {
+    "RateLimit": '"resolvers";r=2998;t=172',
+    "RateLimit-Policy": '"fixed window";"resolvers";q=3000;w=300',
+}
 REPO, REV, FILE = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>[^/]+)", r"(?P<file>.+)"
 ADDRESSES = {
     "revision": rf"/api/models/{REPO}(?:/revision/{REV})?",
@@ -47,89 +48,6 @@ ADDRESSES = {
     "cdn": rf"/cdn/{REPO}/{REV}/{FILE}",
     "resolve": rf"/{REPO}/resolve/{REV}/{FILE}",
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file at a commit. oid: of its git blob, which for a large file is the pointer to `sha256`."""
-
-    path: str
-    file: Path
-    nbytes: int
-    oid: str
-    sha256: str | None
-
-    @property
-    def etag(self) -> str:
-        return f'"{self.sha256 or self.oid}"'
-
-
-@dataclass
-class Repository:
-    """refs: folders of other branches and tags. gated: none, auto or manual. allowed: tokens that are on its list.
-
-    By default those are the double's own token alone. Digests of large files are read from `<folder>/sha256sums`, if
-    there is one, as `sha256sum` writes it.
-    """
-
-    folder: Path
-    refs: Mapping[str, Path] = field(default_factory=dict)
-    gated: str = "none"
-    private: bool = False
-    disabled: bool = False
-    allowed: tuple[str, ...] | None = None
-    lfs_nbytes: int = LFS_NBYTES
-    heads: dict[str, str] = field(init=False, default_factory=dict)
-    commits: dict[str, dict[str, Entry]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for ref, folder in {"main": self.folder, **self.refs}.items():
-            self.commit(ref, folder)
-
-    def commit(self, ref: str, folder: Path) -> str:
-        """Make `ref` what is in the folder now; the name of a commit is a hash of it, the same every time."""
-        entries = {entry.path: entry for entry in _entries(folder, self.lfs_nbytes)}
-        lines = [f"{entry.path} {entry.oid} {entry.sha256}" for entry in entries.values()]
-        return self.point(ref, _sha1("\n".join(lines).encode()), entries)
-
-    def point(self, ref: str, sha: str, entries: dict[str, Entry]) -> str:
-        self.commits[sha] = entries
-        self.heads[ref] = sha
-        return sha
-
-
-def _entries(folder: Path, lfs_nbytes: int) -> Iterable[Entry]:
-    listed = folder / "sha256sums"
-    known = dict(line.split(maxsplit=1)[::-1] for line in listed.read_text().splitlines()) if listed.is_file() else {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != listed):
-        path, nbytes = file.relative_to(folder).as_posix(), file.stat().st_size
-        if path.endswith((".safetensors", "tokenizer.model")) or nbytes > lfs_nbytes:
-            sha256 = known.get(path) or _sha256(file)
-            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {nbytes}\n"
-            yield Entry(path, file, nbytes, _blob(pointer.encode()), sha256)
-        else:
-            yield Entry(path, file, nbytes, _blob(file.read_bytes()), None)
-
-
-_digests: dict[tuple[Path, int, int], str] = {}
-
-
-def _sha256(path: Path) -> str:
-    """Once per content, however many doubles a test session makes."""
-    state = path.stat()
-    key = (path.resolve(), state.st_size, state.st_mtime_ns)
-    if key not in _digests:
-        with path.open("rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digests[key]
-
-
-def _sha1(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
-def _blob(content: bytes) -> str:
-    return _sha1(b"blob %d\0" % len(content) + content)
 
 
 class _RefusedError(Exception):
@@ -152,7 +70,7 @@ class HubDouble:
         faults: Iterable[Fault] = (), rate: int = 0, page_size: int = 1000, direct: bool = False, port: int = 0,
     ) -> None:  # fmt: skip
         self.repositories = {
-            name: held if isinstance(held, Repository) else Repository(Path(held)) for name, held in repositories.items()
+            name: held if isinstance(held, Repository) else Repository(held) for name, held in repositories.items()
         }
         self.token, self.others = token, tuple(others)
         self.faults, self.rate, self.page_size, self.direct, self.port = list(faults), rate, page_size, direct, port
@@ -172,16 +90,14 @@ class HubDouble:
 
     def __enter__(self) -> HubDouble:
         try:
-            for name, host, port in (("hub", "127.0.0.1", self.port), ("cdn", "127.0.0.2", 0), ("foreign", "127.0.0.3", 0)):
-                self.origins[name] = Origin(name, (host, port), self)
+            for name, host in (("hub", "127.0.0.1"), ("cdn", "127.0.0.2"), ("foreign", "127.0.0.3")):
+                self.origins[name] = Origin(name, (host, self.port if name == "hub" else 0), self)
         except OSError:
             self.close()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -210,7 +126,7 @@ class HubDouble:
         if folder is not None:
             return held.commit("main", folder)
         old = held.heads["main"]
-        return held.point("main", _sha1(f"after {old}".encode()), held.commits[old])
+        return held.point("main", sha1(f"after {old}".encode()), held.commits[old])
 
     def sent(self, file: str = "") -> int:
         """Bytes of files whose path holds `file`, by whatever address."""
@@ -300,27 +216,27 @@ class HubDouble:
         held = self._repository(request, names)
         sha, entries = self._at(held, names)
         blobs = "blobs" in _query(request)
-        return json_answer(_model_info(names["repo"], held, sha, entries, blobs))
+        return json_answer(model_info(names["repo"], held, sha, entries, blobs))
 
     def _tree(self, request: Request, names: dict[str, str]) -> Answer:
         entries = self._at(self._repository(request, names), names)[1]
         query = _query(request)
-        cursor = query.get("cursor", "0")
+        cursor, recursive = query.get("cursor", "0"), query.get("recursive", "false")
         if cursor.startswith("many-"):
             start, total = map(int, cursor.split("-")[1:])
-            page = [_filler(i) for i in range(start, min(start + self.page_size, total))]
-            following = f"many-{start + self.page_size}-{total}" if start + self.page_size < total else ""
+            stop = min(start + self.page_size, total)
+            page, following = [filler(i) for i in range(start, stop)], f"many-{stop}-{total}" if stop < total else ""
         else:
-            listing = _listing(entries, names.get("file", ""), query.get("recursive", "false") == "true")
-            page = listing[int(cursor) : int(cursor) + self.page_size]
-            following = str(int(cursor) + self.page_size) if int(cursor) + self.page_size < len(listing) else ""
-        link = f"{self.endpoint}{urlsplit(request.path).path}?expand=false&recursive={query.get('recursive', 'false')}"
+            told = listing(entries, names.get("file", ""), recursive == "true")
+            stop = int(cursor) + self.page_size
+            page, following = told[int(cursor) : stop], str(stop) if stop < len(told) else ""
+        link = f"{self.endpoint}{urlsplit(request.path).path}?expand=false&recursive={recursive}"
         return json_answer(page, headers={"Link": f'<{link}&cursor={following}>; rel="next"'} if following else {})
 
     def _paths_info(self, request: Request, names: dict[str, str]) -> Answer:
         entries = self._at(self._repository(request, names), names)[1]
         asked = parse_qs(request.body.decode()).get("paths", [])
-        return json_answer([told for told in _listing(entries, "", True) if told["path"] in asked])
+        return json_answer([told for told in listing(entries, "", True) if told["path"] in asked])
 
     def _refs(self, request: Request, names: dict[str, str]) -> Answer:
         heads = self._repository(request, names).heads
@@ -376,8 +292,8 @@ class HubDouble:
 
     def _cdn(self, request: Request, names: dict[str, str]) -> Answer:
         """A signed address is all that it asks for."""
-        held = self.repositories[names["repo"]]
-        if _query(request).get("Signature") != _signature(names["rev"], names["file"]):
+        held = self.repositories.get(names["repo"])
+        if held is None or _query(request).get("Signature") != _signature(names["rev"], names["file"]):
             return json_answer({"error": "bad signature"}, 403)
         return _served(request, self._file(held, names)[1], {})
 
@@ -391,60 +307,12 @@ class HubDouble:
         return sha, entries[names["file"]]
 
 
-DATE = "2024-01-01T00:00:00.000Z"
-RATE_LIMIT = {
-    "RateLimit": '"resolvers";r=2998;t=172',
-    "RateLimit-Policy": '"fixed window";"resolvers";q=3000;w=300',
-}
-
-
 def _query(request: Request) -> dict[str, str]:
     return {name: values[-1] for name, values in parse_qs(urlsplit(request.path).query).items()}
 
 
 def _signature(sha: str, path: str) -> str:
     return hashlib.sha256(f"double {sha} {path}".encode()).hexdigest()[:32]
-
-
-def _model_info(name: str, held: Repository, sha: str, entries: dict[str, Entry], blobs: bool) -> dict[str, Any]:
-    weights = sum(entry.nbytes for path, entry in entries.items() if path.endswith(".safetensors")) // 2
-    config = json.loads(entries["config.json"].file.read_bytes()) if "config.json" in entries else {}
-    return {
-        "_id": sha[:24], "id": name, "modelId": name, "author": name.split("/")[0], "sha": sha,
-        "private": held.private, "gated": False if held.gated == "none" else held.gated, "disabled": held.disabled,
-        "lastModified": DATE, "createdAt": DATE, "tags": [], "downloads": 0, "likes": 0,
-        "library_name": "transformers", "pipeline_tag": "text-generation",
-        "config": {key: config[key] for key in ("architectures", "model_type") if key in config},
-        "safetensors": {"parameters": {"BF16": weights}, "total": weights},
-        "usedStorage": sum(entry.nbytes for entry in entries.values()),
-        "siblings": [_sibling(entry, blobs) for entry in entries.values()],
-    }  # fmt: skip
-
-
-def _sibling(entry: Entry, blobs: bool) -> dict[str, Any]:
-    if not blobs:
-        return {"rfilename": entry.path}
-    told = {"rfilename": entry.path, "size": entry.nbytes, "blobId": entry.oid}
-    return told | ({"lfs": {"sha256": entry.sha256, "size": entry.nbytes, "pointerSize": 135}} if entry.sha256 else {})
-
-
-def _listing(entries: dict[str, Entry], below: str, recursive: bool) -> list[dict[str, Any]]:
-    """Files and folders, by path."""
-    told: dict[str, dict[str, Any]] = {}
-    for entry in entries.values():
-        for parent in list(Path(entry.path).parents)[:-1]:
-            folder = parent.as_posix()
-            told[folder] = {"type": "directory", "oid": _sha1(folder.encode()), "size": 0, "path": folder}
-        told[entry.path] = {"type": "file", "oid": entry.oid, "size": entry.nbytes, "path": entry.path}
-        if entry.sha256:
-            told[entry.path]["lfs"] = {"oid": entry.sha256, "size": entry.nbytes, "pointerSize": 135}
-    prefix = f"{below}/" if below else ""
-    inside = sorted(path for path in told if path.startswith(prefix))
-    return [told[path] for path in inside if recursive or "/" not in path.removeprefix(prefix)]
-
-
-def _filler(i: int) -> dict[str, Any]:
-    return {"type": "file", "oid": _blob(b""), "size": 0, "path": f"filler/{i:07d}.txt"}
 
 
 def _served(request: Request, entry: Entry, headers: dict[str, str]) -> Answer:

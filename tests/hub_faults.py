@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from hub_double import HubDouble
 
 
+ENDPOINTS = {
+    "revision", "tree", "paths-info", "refs", "commits", "auth-check", "xet", "whoami", "harnesses", "resolve", "small",
+    "loop", "cdn", "foreign",
+}  # fmt: skip
+PLACES = ENDPOINTS | {"api", "hub", "any"}
+
+
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """Strikes the nth request that it can strike, and so many times (-1: for ever). CATALOGUE says what kinds read.
+    """Strikes the nth request that it can strike, and so many times (-1: for ever); the rest its kind's function reads.
 
-    where: endpoints joined by "|" (revision, tree, refs, commits, paths-info, auth-check, whoami, xet, resolve, small,
-    cdn, foreign), or api, hub, any; empty is the kind's own place. path: a part of the file's path.
+    where: places joined by "|"; empty is the kind's own. path: a part of the file's path. method: empty is any.
     """
 
     kind: str
@@ -46,15 +52,22 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """A misspelt fault would never strike, and a test of it would pass."""
         if self.kind not in CATALOGUE:
             raise ValueError(f"no fault {self.kind!r}; there are {', '.join(CATALOGUE)}")
+        if self.how not in ("", *CATALOGUE[self.kind].how):
+            raise ValueError(f"{self.kind} knows no how={self.how!r}")
+        if unknown := {place for place in self.where.split("|") if place} - PLACES:
+            raise ValueError(f"no place {', '.join(unknown)}; there are {', '.join(sorted(PLACES))}")
 
     @classmethod
     def parse(cls, spec: str) -> Fault:
         """Of `cut,where=cdn,nth=2,at=1000,how=rst`."""
         kind, *options = spec.split(",")
-        types = {entry.name: type(entry.default) for entry in fields(cls)}
+        types: dict[str, Callable[[str], Any]] = {entry.name: type(entry.default) for entry in fields(cls)}
         pairs = dict(option.split("=", 1) for option in options)
+        if unknown := pairs.keys() - types.keys():
+            raise ValueError(f"no option {', '.join(unknown)}")
         return cls(kind, **{name: types[name](value) for name, value in pairs.items()})
 
     def matches(self, request: Request) -> bool:
@@ -367,25 +380,26 @@ def path_evil(answer: Answer, strike: Strike) -> Answer | None:
 
 @dataclass(frozen=True)
 class Kind:
-    """where: its own place. needs_body: strikes only an answer that has one."""
+    """where: its own place. needs_body: strikes only an answer that has one. how: what it may be, besides empty."""
 
     change: Callable[[Answer, Strike], Answer | None]
     where: str
     needs_body: bool = False
+    how: tuple[str, ...] = ()
 
 
 CATALOGUE: dict[str, Kind] = {
-    "cut": Kind(cut, "cdn", needs_body=True),
+    "cut": Kind(cut, "cdn", needs_body=True, how=("fin", "rst", "stall")),
     "drip": Kind(drip, "cdn", needs_body=True),
     "wrong_bytes": Kind(wrong_bytes, "cdn", needs_body=True),
     "short": Kind(short, "cdn", needs_body=True),
     "long": Kind(long, "cdn", needs_body=True),
     "declare": Kind(declare, "cdn", needs_body=True),
-    "chunked": Kind(chunked, "cdn", needs_body=True),
+    "chunked": Kind(chunked, "cdn", needs_body=True, how=("close",)),
     "gzip": Kind(gzip_body, "cdn", needs_body=True),
     "ignore_range": Kind(ignore_range, "cdn", needs_body=True),
-    "shift": Kind(shift, "cdn", needs_body=True),
-    "bad_content_range": Kind(bad_content_range, "cdn"),
+    "shift": Kind(shift, "cdn", needs_body=True, how=("hidden",)),
+    "bad_content_range": Kind(bad_content_range, "cdn", how=("missing",)),
     "wrong_total": Kind(wrong_total, "cdn"),
     "range_416": Kind(range_416, "cdn"),
     "etag_changes": Kind(etag_changes, "cdn"),
@@ -395,7 +409,7 @@ CATALOGUE: dict[str, Kind] = {
     "commit_changes": Kind(commit_changes, "resolve|small"),
     "xet_advertised": Kind(xet_advertised, "resolve|tree"),
     "status": Kind(status, "cdn"),
-    "retry_after": Kind(retry_after, "cdn"),
+    "retry_after": Kind(retry_after, "cdn", how=("date", "huge", "ratelimit")),
     "gated_none": Kind(refuse, "resolve|auth-check"),
     "gated_403": Kind(refuse, "resolve|auth-check"),
     "bad_token": Kind(refuse, "hub"),
@@ -408,7 +422,7 @@ CATALOGUE: dict[str, Kind] = {
     "redirect_foreign": Kind(redirect_foreign, "resolve"),
     "ref_moves": Kind(ref_moves, "revision"),
     "slow_headers": Kind(slow_headers, "cdn"),
-    "close_before_headers": Kind(close_before_headers, "cdn"),
+    "close_before_headers": Kind(close_before_headers, "cdn", how=("fin", "rst", "stall")),
     "tls_garbage": Kind(tls_garbage, "cdn"),
     "html_200": Kind(html_200, "revision"),
     "json_truncated": Kind(json_truncated, "tree", needs_body=True),

@@ -83,7 +83,8 @@ def _read_request(origin: str, stream: BinaryIO) -> Request | None:
     if len(words) != 3:
         return None
     headers = {name.lower(): value for name, value in http.client.parse_headers(stream).items()}
-    body = stream.read(int(headers.get("content-length", "0")))
+    length = headers.get("content-length", "0")
+    body = stream.read(int(length)) if length.isdecimal() else b""
     return Request(origin, words[0], words[1], headers, body)
 
 

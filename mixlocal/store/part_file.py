@@ -7,6 +7,7 @@ the note beside the file says up to where it was, and during which run of the sy
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -42,7 +43,9 @@ class PartFile:
         self._boot = _boot_id()
         self.etag: str | None = None
         self.landed = self._kept()
-        self._synced = 0
+        self._synced = self._asked = 0  # bytes that are on the disk; that are, or are being synced
+        self._syncing: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1)
         self._file = BuildFile(self.path)
         self._file.truncate(self.landed)
         self._write_note()
@@ -50,14 +53,26 @@ class PartFile:
     def append(self, data: bytes | bytearray | memoryview) -> None:
         self._file.write(self.landed, data)
         self.landed += len(data)
-        if self.landed - self._synced >= SYNC_BYTES:
-            self.sync()
+        if self.landed - self._asked >= SYNC_BYTES:
+            self._await_sync()
+            self._asked = self.landed
+            self._syncing = self._syncer.submit(self._sync_to, self.landed)
 
     def sync(self) -> None:
         """What has landed is on disk."""
+        self._await_sync()
+        self._sync_to(self.landed)
+
+    def _sync_to(self, landed: int) -> None:
         self._file.sync()
-        self._synced = self.landed
+        self._synced = self._asked = landed
         self._write_note()
+
+    def _await_sync(self) -> None:
+        """Raises what went wrong with a sync on the way: its bytes must be taken for lost."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Raises `CorruptError` beyond what has landed."""
@@ -66,18 +81,20 @@ class PartFile:
 
     def rewind(self) -> None:
         """Begin again at the first byte."""
+        self._await_sync()
         self._file.truncate(0)
-        self.landed = self._synced = 0
+        self.landed = self._synced = self._asked = 0
         self.etag = None
         self._write_note()
 
     def quarantine(self, value: str) -> Path:
         """Put the wrong bytes aside, under the hash they have, and begin again."""
+        self._await_sync()
         bad = self.path.with_name(f"{self.file.path}.bad-{value[:12]}")
         move_file(self.path, bad)
         self._file.close()
         self._file = BuildFile(self.path)
-        self.landed = self._synced = 0
+        self.landed = self._synced = self._asked = 0
         self.etag = None
         self._write_note()
         return bad
@@ -105,6 +122,7 @@ class PartFile:
         remove_file(self._note_path)
 
     def close(self) -> None:
+        self._syncer.shutdown()
         self._file.close()
 
     def _kept(self) -> int:

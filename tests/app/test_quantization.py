@@ -371,3 +371,61 @@ def test_the_tied_head_is_not_lacking(tmp_path: Path) -> None:
     with case.into(tmp_path / "out") as quantization:
         assert not quantization.lacks("lm_head.weight")
         assert quantization.lacks("model.embed_tokens.weight")
+
+
+class Disk:
+    """Remembers what each write replaced, until its file is synced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.unsynced: list[tuple[Path, int, bytes, int]] = []
+        self._write, self._sync = durable.BuildFile.write, durable.BuildFile.sync
+        monkeypatch.setattr(durable.BuildFile, "write", lambda file, offset, data: self.write(file, offset, data))
+        monkeypatch.setattr(durable.BuildFile, "sync", lambda file: self.sync(file))
+
+    def write(self, file: durable.BuildFile, offset: int, data: memoryview) -> None:
+        before = os.pread(file.fileno(), len(data), offset)
+        self.unsynced.append((file.path, offset, before.ljust(len(data), b"\0"), file.size()))
+        self._write(file, offset, data)
+
+    def sync(self, file: durable.BuildFile) -> None:
+        self._sync(file)
+        self.unsynced = [write for write in self.unsynced if write[0] != file.path]
+
+    def cut_power(self, rng: random.Random) -> None:
+        """Some of what was not synced is lost: a page is as it was, the end of a file is zeros or not there."""
+        for path, offset, before, size in reversed(self.unsynced):
+            if rng.randrange(2):
+                with path.open("r+b") as file:
+                    file.seek(offset)
+                    file.write(before)
+                    if offset == size and rng.randrange(2):
+                        file.truncate(size)
+        self.unsynced.clear()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_power_cut_never_asks_for_a_shard_that_was_let_go(
+    seed: int, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    shards = split(case.refs, rng, shards=5)
+    disk = Disk(monkeypatch)
+    gone: set[str] = set()
+    for _ in range(4):
+        with case.into(tmp_path / "out") as quantization:
+            assert all(quantization.accepted(shard) == SHA for shard in gone)
+            assert not any(quantization.lacks(ref.name) for shard in gone for ref, _ in shards[shard])
+            for shard in rng.sample(sorted(shards.keys() - gone), k=min(2, len(shards) - len(gone))):
+                add_all(quantization, shards[shard])
+                quantization.accept(shard, SHA)
+                if rng.randrange(2):
+                    quantization.sync()
+                    gone.add(shard)
+            add_all(quantization, mixed(shards, rng)[: rng.randrange(9)])
+        disk.cut_power(rng)
+    assert gone
+    with case.into(tmp_path / "out") as quantization:
+        for shard in shards.keys() - gone:
+            add_all(quantization, shards[shard])
+            quantization.accept(shard, SHA)
+        case.finish(quantization)
