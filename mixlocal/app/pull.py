@@ -14,7 +14,7 @@ from mixlocal.app.landing import Landing, Landings
 from mixlocal.app.progress import Step
 from mixlocal.app.quantization import Quantization, StoreJob
 from mixlocal.app.survey import Shard, Survey
-from mixlocal.errors import DiskFullError, NetworkError
+from mixlocal.errors import CorruptError, DiskFullError, NetworkError
 from mixlocal.store.building import building_folder, journal_path, sweep
 from mixlocal.store.download import AdoptedCheck, Event, Fetcher, FileDownload, Remote, Work
 from mixlocal.store.download_folder import DownloadFolder
@@ -116,7 +116,11 @@ def carry_out(
             licence=entry.licence if entry else None, template=entry.template if entry else None,
         )  # fmt: skip
         with Quantization(job, survey.blueprint, _fingerprint(survey)) as task:
-            yield from _land(task, survey, line, folder, needs.jobs, options)
+            try:
+                yield from _land(task, survey, line, folder, needs.jobs, options)
+            except CorruptError:
+                folder.forget()
+                raise
             task.finish(_source(survey), {name: survey.small[name] for name in SMALL_FILES if name in survey.small})
         if not options.keep_source:
             folder.remove()

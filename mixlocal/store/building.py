@@ -34,7 +34,7 @@ from mixlocal.store.paths import BUILDING_SUFFIX
 from mixlocal.store.pieces import PieceMap, Range, piece_hasher
 from mixlocal.store.shard_writer import TensorSpec
 
-SYNC_BYTES = 1 << 30
+SYNC_BYTES = 1 << 28
 CHUNK = 1 << 20  # bytes read back at a time: they are hashed while in the processor's cache
 
 
@@ -115,8 +115,6 @@ class Building:
             stack.callback(self._journal.close)
             for name, size in self._map.sizes.items():
                 self._files[name] = stack.enter_context(BuildFile(self.folder / name))
-                if self._files[name].size() != size:
-                    self._files[name].truncate(0)
                 self._files[name].allocate(size)
             self._files[TRUNK_FILE].write(0, self._map.header)
             self._check_pieces()
@@ -139,9 +137,9 @@ class Building:
         shard, end = (origin.shard, origin.end) if origin else (None, 0)
         self._journal.append(PieceEntry(name, hasher.hexdigest(), error, shard, end))
         index = self._map.index(name)
-        if index is not None and all(map(self.has, self._map.record(index))):
+        if index is not None and self._has_record(index):
             self._digest_record(index)
-            if self._records[index] is None:
+            if not self._has_record(index):
                 raise self._changed(EXPERTS_FILE)
         if self._unsynced >= SYNC_BYTES:
             self.sync()
@@ -157,14 +155,9 @@ class Building:
 
     def revoke(self, shard: str, beyond: int = 0) -> None:
         """Bytes of a source file were lost or wrong: pieces that need more than its first `beyond` are done again."""
-        void = self._journal.cut_beyond(shard, beyond)
-        if not void and self.accepted(shard) is None:
-            return
-        self._journal.append(RevokeEntry(shard, beyond))
-        self._journal.sync()
-        for index in map(self._map.index, void):
-            if index is not None:
-                self._records[index] = None
+        if self._journal.cut_beyond(shard, beyond) or self.accepted(shard) is not None:
+            self._journal.append(RevokeEntry(shard, beyond))
+            self._journal.sync()  # or else a power cut could revive wrong bytes beside the proof of right ones
 
     def sync(self) -> None:
         """What was committed and accepted so far is on disk: a source file that was accepted may go. Any thread may."""
@@ -216,11 +209,14 @@ class Building:
         for index in range(len(self._records)):
             self._digest_record(index)
 
+    def _has_record(self, index: int) -> bool:
+        return all(map(self.has, self._map.record(index)))
+
     def _digest_record(self, index: int) -> None:
         """Read what has come of a record; if that is all of it, and as it was written, the record is done."""
         pieces, hasher = self._map.record(index), record_hasher(self.name, *divmod(index, self.n_experts))
         self._forget_damaged(pieces, hasher)
-        if all(map(self.has, pieces)):
+        if self._has_record(index):
             w1, w3, w2 = (self._journal.pieces[name].error or 0.0 for name in pieces)
             self._records[index] = Record(hasher.hexdigest(), (w1, w3, w2))
 

@@ -77,7 +77,7 @@ class Remote:
         return f"{self.client.endpoint.url.rstrip('/')}/{self.repository}/resolve/{self.commit}/{quote(path)}"
 
     def what(self, path: str) -> str:
-        return f"{self.repository}/{path}"
+        return f"{self.repository}/{path}" if path else self.repository
 
 
 class Retries:
@@ -289,7 +289,7 @@ class Fetcher:
                 thread.join(max(0.0, limit - time.monotonic()))
 
     def _work(self) -> None:
-        while True:
+        while self._queue:
             self._free.acquire()
             if self._stopped.is_set() or not self._queue:
                 return

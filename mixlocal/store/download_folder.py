@@ -8,7 +8,7 @@ import msgspec
 
 from mixlocal.errors import PermissionDeniedError
 from mixlocal.store.digest import Digest
-from mixlocal.store.durable import make_folder, named_errors, remove_folder, write_file
+from mixlocal.store.durable import make_folder, named_errors, remove_file, remove_folder, write_file
 from mixlocal.store.listing import Listing, RepoFile
 from mixlocal.store.manifest import UNDECODABLE
 from mixlocal.store.repo_names import is_commit, is_wanted
@@ -63,6 +63,10 @@ class DownloadFolder:
         data = msgspec.json.encode(begun)
         if not (self.path / NOTE).is_file() or (self.path / NOTE).read_bytes() != data:
             write_file(self.path / NOTE, data)
+
+    def forget(self) -> None:
+        """What the listing said is not what came: it is asked for anew."""
+        remove_file(self.path / NOTE)
 
     def copy_of(self, file: RepoFile) -> Path | None:
         """A whole file that an earlier call kept; its hash is still to be checked."""

@@ -17,7 +17,7 @@ from mixlocal.app import quantization as module
 from mixlocal.app.blueprint import Blueprint
 from mixlocal.app.quantization import Quantization, StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint, read_small_files
-from mixlocal.errors import DiskFullError, RefusedError
+from mixlocal.errors import CorruptError, DiskFullError, RefusedError
 from mixlocal.store import durable
 from mixlocal.store.building import Building, Origin, accepted_shards, journal_path
 from mixlocal.store.checkpoint import Checkpoint, TensorRef, read_tensor
@@ -219,6 +219,7 @@ def test_a_piece_that_comes_after_the_proof_needs_another(case: Case, tmp_path: 
         add_all(quantization, [(ref, Origin("a", 1)) for ref in case.refs[1:]])
         quantization.accept("a", SHA)
         add_all(quantization, [(case.refs[0], Origin("a", 1))])
+        quantization.settle()
         assert quantization.accepted("a") is None
     with case.into(tmp_path / "out") as quantization:
         assert quantization.accepted("a") is None
@@ -341,6 +342,28 @@ def test_a_full_disk_is_told_again_and_again(case: Case, tmp_path: Path, monkeyp
         case.finish(quantization)
 
 
+@pytest.mark.parametrize("name", [EXPERTS_FILE, TRUNK_FILE])
+def test_a_disk_that_does_not_keep_what_it_is_given_is_noticed(
+    name: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, struck = durable.BuildFile.write, []
+
+    def wrong(file: durable.BuildFile, offset: int, data: memoryview) -> None:
+        strike = file.path.name == name and offset and not struck
+        struck.extend([offset] if strike else [])
+        write(file, offset, bytes([data[0] ^ 1]) + bytes(data[1:]) if strike else data)
+
+    def build() -> None:
+        with case.into(tmp_path / "out") as quantization:
+            add_all(quantization, [(ref, None) for ref in case.refs])
+            case.finish(quantization)
+
+    monkeypatch.setattr(durable.BuildFile, "write", wrong)
+    with pytest.raises(CorruptError, match=f"{name}: other bytes were read than written"):
+        build()
+    build()
+
+
 def test_a_tensor_that_is_refused_may_come_again(case: Case, tmp_path: Path) -> None:
     """As when bytes on their way were wrong, and were fetched again."""
     with case.into(tmp_path / "out") as quantization:
@@ -391,14 +414,14 @@ class Disk:
         self._sync(file)
         self.unsynced = [write for write in self.unsynced if write[0] != file.path]
 
-    def cut_power(self, rng: random.Random) -> None:
-        """Some of what was not synced is lost: a page is as it was, the end of a file is zeros or not there."""
+    def cut_power(self, rng: random.Random | None) -> None:
+        """What was not synced is lost, or some of it: a page is as it was, a file's end is not there or zeros."""
         for path, offset, before, size in reversed(self.unsynced):
-            if rng.randrange(2):
+            if rng is None or rng.randrange(2):
                 with path.open("r+b") as file:
                     file.seek(offset)
                     file.write(before)
-                    if offset == size and rng.randrange(2):
+                    if offset == size and (rng is None or rng.randrange(2)):
                         file.truncate(size)
         self.unsynced.clear()
 
@@ -428,4 +451,22 @@ def test_a_power_cut_never_asks_for_a_shard_that_was_let_go(
         for shard in shards.keys() - gone:
             add_all(quantization, shards[shard])
             quantization.accept(shard, SHA)
+        case.finish(quantization)
+
+
+def test_a_power_cut_does_not_revive_wrong_bytes(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source file may be half fetched again by then, and prove right in the end."""
+    disk = Disk(monkeypatch)
+    with case.into(tmp_path / "out") as quantization:
+        for ref in case.refs:
+            quantization.add(ref, torch.full(ref.shape, 0.5, dtype=ref.dtype), Origin("a", 1))
+        quantization.settle()
+        quantization.sync()
+        quantization.revoke("a")
+        add_all(quantization, [(ref, Origin("a", 1)) for ref in case.refs])
+        quantization.settle()
+    disk.cut_power(None)
+    with case.into(tmp_path / "out") as quantization:
+        add_all(quantization, [(ref, Origin("a", 1)) for ref in case.refs])
+        quantization.accept("a", SHA)
         case.finish(quantization)

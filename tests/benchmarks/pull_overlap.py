@@ -36,7 +36,7 @@ listing = list_repository(client, sys.argv[1], "main", events.append)
 remote = Remote(client, sys.argv[1], listing.commit)
 parts = [PartFile(Path(sys.argv[2]), f, listing.commit) for f in listing.files.values() if f.nbytes > 1 << 20]
 work = [FileDownload(remote, part, events.append, RateLimit(None)) for part in parts]
-fetcher = Fetcher(work, int(sys.argv[3]), len(work), events.append)
+fetcher = Fetcher(work, int(sys.argv[3]), 2 * len(work), events.append)
 fetcher.start()
 for thread in fetcher._threads:
     thread.join()
