@@ -92,9 +92,9 @@ def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, 
     name = folder_name(checkpoint) if entry is None else request.target
     final = request.out.expanduser().absolute() if request.out else home.store(name, request.variant)
     if entry is not None and isinstance(entry.source, HubSource) and not (final / MANIFEST).is_file():
-        raise RefusedError(
-            f"{name}: this version cannot fetch from the Hub",
-            f"download {entry.source.repository} yourself, then: mixlocal quantize FOLDER",
+        raise NotFoundError(
+            f"{name}: nothing of it is here to be quantized",
+            f"mixlocal pull {name} quantizes what it fetches; of {name}:bf16 any other format can be made",
         )
     with locked(final):
         sweep(final)

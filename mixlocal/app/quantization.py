@@ -30,7 +30,7 @@ from mixlocal.store.checkpoint import TensorRef
 from mixlocal.store.manifest import FORMAT_VERSION, Manifest, Recipe, Source
 
 DISK_MARGIN = 64 << 20
-SLOT_BYTES = 64 << 20  # a buffer takes any tensor of the experts and, of the others, those that are no larger than this
+SLOT_BYTES = 32 << 20  # a buffer takes any tensor of the experts and, of the others, those that are no larger than this
 IN_FLIGHT = 2
 
 

@@ -141,9 +141,11 @@ class _Bars:
         if isinstance(step, Notice):
             self._bars.console.print(safe_text(step.text), markup=False)
         elif isinstance(step, FileProgress):
-            self._update(step.name, "  file", step.done, step.total, step.name)
+            self._update(step.name, "  file", step.done, step.total, step.name.removesuffix(".safetensors"))
             if step.done == step.total:
                 self._bars.remove_task(self._tasks.pop(step.name))
+        elif step.total <= 1:  # nothing to count
+            self._bars.console.print(_STAGES[step.stage])
         else:
             self._update(step.stage, _STAGES[step.stage], step.done, step.total, step.what)
 

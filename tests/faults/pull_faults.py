@@ -47,7 +47,7 @@ SMALL, LARGE = "org/small", "org/large"
 JOBS = 2
 RATE = 30_000_000  # bytes/s of a connection, where a run is to be killed midway
 MIB = 1 << 20
-HURRIED = Patience(give_up=3.0, reach=1.0, read=0.3, longest_wait=0.05, slowest=1000.0, window=0.5)
+HURRIED = Patience(give_up=1.5, reach=0.7, read=0.3, longest_wait=0.05, slowest=1000.0, window=0.5)
 REFUSALS = {kind.exit_code for kind in (AccessError, CorruptError, NetworkError, NotFoundError, RefusedError)}
 CODES = {"EIO": CorruptError.exit_code, "ENOSPC": DiskFullError.exit_code, "SHORT": DiskFullError.exit_code}
 
