@@ -32,7 +32,7 @@ def check(result, code: int, says: str) -> None:
 
 def test_codes_are_distinct() -> None:
     codes = [error.exit_code for error in every_error()]
-    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 13, 14]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14]
 
 
 def test_5_network(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -492,3 +492,80 @@ def test_proxies_are_honoured(hub: HubDouble, pull: Pull) -> None:
     run = pull("org/m", "--patience", "1", HF_ENDPOINT="http://hub.invalid", http_proxy=address, HF_TOKEN="")
     assert run.returncode == 5
     assert hub.requests == []
+
+
+HOSTILE = (
+    Fault("wrong_bytes", times=-1, at=20_000), Fault("redirect_foreign", times=-1), Fault("gzip", times=-1),
+    Fault("xet_advertised", times=-1), Fault("etag_traversal", times=-1),
+)  # fmt: skip
+AUDITED = """
+import socket, sys
+import huggingface_hub.hf_api, torch  # what importing does is not what is watched
+from mixlocal.cli import main
+
+def watch(event, arguments):
+    if event.startswith(("pickle.", "subprocess.", "os.system", "os.exec", "os.spawn", "os.fork", "webbrowser.")):
+        print("AUDIT", event, arguments, file=sys.stderr, flush=True)
+    if event == "socket.connect" and not str(arguments[1][0]).startswith("127."):
+        print("AUDIT", event, arguments, file=sys.stderr, flush=True)
+
+sys.addaudithook(watch)
+main(["pull", "org/evil", "--patience", "1"])
+"""
+
+
+def test_a_hostile_repository_runs_nothing(
+    tmp_path: Path, home: Path, environment: dict[str, str]
+) -> None:
+    """Code and pickles beside the weights, custom code named by the config, and a Hub that lies."""
+    folder = tiny.write_checkpoint(tmp_path / "evil", shards=2, auto_map={"AutoModel": "modeling_evil.Evil"})
+    for name in ("modeling_evil.py", "pytorch_model.bin", "setup.py", "x.zip"):
+        (folder / name).write_text("raise SystemExit('ran')")
+    before = {path for path in tmp_path.rglob("*") if home not in path.parents}
+    with HubDouble({"org/evil": folder}, token=TOKEN) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        for faults in ([], HOSTILE[:1], HOSTILE[1:]):
+            hub.faults = list(faults)
+            run = _python(environment, AUDITED)
+            assert "AUDIT" not in run.stderr, run.stderr
+            assert "Traceback" not in run.stderr, run.stderr
+            shutil.rmtree(home)
+    assert hub.leaks.total() == 0
+    after = {path for path in tmp_path.rglob("*") if home not in path.parents}
+    assert {path for path in after - before if "hf" not in path.relative_to(tmp_path).parts} == set()
+
+
+def test_what_a_server_says_reaches_no_terminal(hub: HubDouble, pull: Pull) -> None:
+    """As control characters; what they are is shown."""
+    message = {"X-Error-Message": "\x1b]0;evil\x07 \x9b31m \u202e".encode().decode("latin-1")}
+    hub.faults = [Fault("status", where="revision", code=403, headers=message, times=-1)]
+    run = pull("org/m")
+    assert run.returncode == 11
+    assert "evil" in run.stderr
+    assert not set(run.stderr) & set("\x1b\x07\x9b\u202e")
+
+
+@pytest.mark.parametrize("limit", [600, 40_000, 110_000])
+def test_a_full_disk_at_any_size(
+    limit: int, hub: HubDouble, home: Path, environment: dict[str, str], pull: Pull
+) -> None:
+    """One line and exit 6; what came before is gone on from when there is room."""
+    code = (
+        "import resource, sys\n"
+        "from mixlocal.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "main(sys.argv[1:])\n"
+    )
+    run = _python(environment, code, "pull", "org/m")
+    assert run.returncode == 6, run.stderr
+    assert "file too large" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert pull("org/m").returncode == 0
+    assert list(store(home).verify())
+    assert leftovers(home) == []
+
+
+def test_tls_where_there_is_none(hub: HubDouble, pull: Pull) -> None:
+    run = pull("org/m", "--patience", "1", HF_ENDPOINT=hub.endpoint.replace("http:", "https:"))
+    assert run.returncode == 5
+    assert "Traceback" not in run.stderr
