@@ -83,10 +83,16 @@ def _pull_options(jobs: int, limit_rate: str | None, keep_source: bool) -> PullO
 
 
 def _pull_local(options: Globals, model: str, keep_source: bool) -> ModelStore:
-    from mixlocal.app.catalog import split_variant
+    from mixlocal.app.catalog import is_folder, recipe_for, split_variant
+    from mixlocal.app.install import QuantizeRequest, quantize_model
     from mixlocal.app.install import pull as install
+    from mixlocal.app.reference import DEFAULT_VARIANT
 
     name, variant = split_variant(model)
+    if is_folder(name):
+        variant = variant or DEFAULT_VARIANT
+        request = QuantizeRequest(name, variant, recipe_for(variant))
+        return show_progress(options, quantize_model(request, options.folders()))
     return show_progress(options, install(name, variant, options.folders(), keep_source=keep_source))
 
 

@@ -62,7 +62,7 @@ class Building:
         n_experts: int,
         trunk_specs: Sequence[TensorSpec],
     ) -> None:
-        self.final, self.folder = final, self.folder_of(final)
+        self.final, self.folder = final, building_folder(final)
         self.name, self.n_experts = name, n_experts
         self._map = PieceMap(layout, n_layers, n_experts, trunk_specs)
         self._journal = Journal(journal_path(final), fingerprint)
@@ -70,11 +70,6 @@ class Building:
         self._files: dict[str, BuildFile] = {}
         self._unsynced = 0
         self._chunk = memoryview(bytearray(CHUNK))
-
-    @staticmethod
-    def folder_of(final: Path) -> Path:
-        """Where `final` grows."""
-        return final.with_name(final.name + BUILDING_SUFFIX)
 
     @property
     def nbytes(self) -> int:
@@ -255,19 +250,13 @@ class Building:
 
 
 def building_folder(final: Path) -> Path:
+    """Where `final` grows."""
     return final.with_name(final.name + BUILDING_SUFFIX)
 
 
 def journal_path(final: Path) -> Path:
     """Beside the building folder, so that the finished store never holds it."""
     return final.with_name(f".{final.name}.journal")
-
-
-def accepted_shards(final: Path) -> set[str]:
-    """The source files that are not needed again, if what an earlier run made of them is still whole."""
-    journal = Journal(journal_path(final), None)
-    journal.replay()
-    return set(journal.shards)
 
 
 def sweep(final: Path) -> None:

@@ -69,7 +69,6 @@ class Checkpoint:
         return read_tensor(ref, buffer)
 
 
-
 def add_tensors(tensors: dict[str, TensorRef], refs: Iterable[TensorRef]) -> None:
     """The tensors of one more shard. Raises `RefusedError` for one that another has too."""
     for ref in refs:

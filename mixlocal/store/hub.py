@@ -6,6 +6,7 @@ requests is watched, and it runs on a thread that can be left behind.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -95,6 +96,7 @@ def _list(client: Client, repository: str, revision: str) -> Listing:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what goes wrong is told by us
     endpoint = client.endpoint
     _watch(huggingface_hub.get_session(), client)
     token: str | bool = endpoint.token if endpoint.token and endpoint.safe_for_token else False

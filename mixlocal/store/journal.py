@@ -53,15 +53,12 @@ Entry = JobEntry | PieceEntry | ShardEntry | RevokeEntry
 
 
 class Journal:
-    """pieces: those that count, by name. shards: sha256 of the source files that proved whole, by name.
+    """pieces: those that count, by name. shards: sha256 of the source files that proved whole, by name."""
 
-    fingerprint: of the job whose journal it must be; None to look into any.
-    """
-
-    def __init__(self, path: Path, fingerprint: str | None) -> None:
+    def __init__(self, path: Path, fingerprint: str) -> None:
         self.pieces: dict[str, PieceEntry] = {}
         self.shards: dict[str, str] = {}
-        self._path, self._fingerprint = path, fingerprint
+        self._path, self._job = path, JobEntry(fingerprint)
         self._kept = 0  # bytes of an earlier run's lines
 
     def replay(self) -> bool:
@@ -71,7 +68,7 @@ class Journal:
             if self._path.is_file():
                 data = self._path.read_bytes()
         for entry, line in _entries(data):
-            if not self._kept and not self._is_ours(entry):
+            if not self._kept and entry != self._job:
                 break
             self._apply(entry)
             self._kept += len(line)
@@ -83,8 +80,7 @@ class Journal:
         if self._file.size() != self._kept:
             self._file.truncate(self._kept)
         if not self._kept:
-            assert self._fingerprint is not None
-            self.append(JobEntry(self._fingerprint))
+            self.append(self._job)
 
     def append(self, entry: Entry) -> None:
         self._file.append(_line(entry))
@@ -105,9 +101,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-    def _is_ours(self, first: Entry) -> bool:
-        return isinstance(first, JobEntry) and self._fingerprint in (first.fingerprint, None)
 
     def _apply(self, entry: Entry) -> None:
         match entry:

@@ -11,6 +11,7 @@ import platformdirs
 
 from mixlocal.errors import UsageError
 
+MAX_ROOT_BYTES = 3500  # of the 4096 that a system call takes
 BUILDING_SUFFIX = ".building"  # of a folder that is not a model yet
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -43,6 +44,8 @@ def home(override: Path | None = None) -> Home:
     root = override or (Path(os.environ["MIXLOCAL_HOME"]) if os.environ.get("MIXLOCAL_HOME") else None)
     if root is not None:
         root = root.expanduser().absolute()
+        if len(os.fsencode(root)) > MAX_ROOT_BYTES:
+            raise UsageError(f"{str(root)[:60]}...: too long a path", "choose another folder with --home")
         return Home(data=root, cache=root / "cache")
     folders = platformdirs.PlatformDirs("mixlocal", appauthor=False)
     return Home(data=folders.user_data_path, cache=folders.user_cache_path)

@@ -495,7 +495,7 @@ def test_proxies_are_honoured(hub: HubDouble, pull: Pull) -> None:
 
 
 HOSTILE = (
-    Fault("wrong_bytes", times=-1, at=20_000), Fault("redirect_foreign", times=-1), Fault("gzip", times=-1),
+    Fault("wrong_bytes", times=-1, at=20_000), Fault("redirect_foreign", times=-1),
     Fault("xet_advertised", times=-1), Fault("etag_traversal", times=-1),
 )  # fmt: skip
 AUDITED = """
@@ -569,3 +569,19 @@ def test_tls_where_there_is_none(hub: HubDouble, pull: Pull) -> None:
     run = pull("org/m", "--patience", "1", HF_ENDPOINT=hub.endpoint.replace("http:", "https:"))
     assert run.returncode == 5
     assert "Traceback" not in run.stderr
+
+
+def test_a_folder_is_quantized(folder: Path, home: Path, hub: HubDouble, pull: Pull, tmp_path: Path) -> None:
+    assert pull(f"{folder}:q8").returncode == 0
+    assert store(home, "m", "q8").manifest.source.name == "m"
+    missing = pull(str(tmp_path / "nowhere"))
+    assert missing.returncode == 3
+    assert "no such folder" in missing.stderr
+    assert hub.requests == []
+
+
+def test_a_home_with_too_long_a_path(hub: HubDouble, pull: Pull) -> None:
+    run = pull("org/m", MIXLOCAL_HOME="/tmp/" + "/".join(["x" * 200] * 25))
+    assert run.returncode == 2
+    assert "too long a path" in run.stderr
+    assert hub.requests == []

@@ -14,7 +14,7 @@ import tiny
 from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
 from mixlocal.errors import PermissionDeniedError
-from mixlocal.store.building import Building, journal_path, sweep
+from mixlocal.store.building import building_folder, journal_path, sweep
 from mixlocal.store.expert_file import EXPERTS_FILE
 from mixlocal.store.manifest import Manifest, Recipe, read_manifest
 from mixlocal.store.model_store import TRUNK_FILE, ModelStore
@@ -29,7 +29,7 @@ class Work:
 
     @property
     def building(self) -> Path:
-        return Building.folder_of(self.job.store.out)
+        return building_folder(self.job.store.out)
 
     @property
     def journal(self) -> Path:
