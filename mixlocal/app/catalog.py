@@ -16,6 +16,7 @@ from mixlocal.store.repo_names import is_repository
 
 DEFAULT_MODEL = "smolmix"
 Variant = Literal["q4", "q8", "bf16"]
+DEFAULT_VARIANT: Variant = "q4"  # of a model that the catalogue does not know
 VARIANTS: dict[str, Kind] = {"q4": "nf4", "q8": "int8", "bf16": "bf16"}
 PACKAGE = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mixlocal.app.budgets import RunOptions, check_context, check_top_k, plan_run
-from mixlocal.app.catalog import Variant, find_entry, is_folder, recipe_for, split_variant
+from mixlocal.app.catalog import DEFAULT_VARIANT, Variant, find_entry, is_folder, recipe_for, split_variant
 from mixlocal.app.footprint import model_bytes, stored_bytes, with_shorter_passes
 from mixlocal.app.hardware import Hardware, probe
 from mixlocal.app.installed import find_store
@@ -31,7 +31,6 @@ from mixlocal.store.paths import Home
 from mixlocal.store.strict_json import read_json_object
 
 PAUSE = 0.001  # seconds of arithmetic between two reads
-DEFAULT_VARIANT: Variant = "q4"
 
 
 @dataclass(frozen=True, slots=True)

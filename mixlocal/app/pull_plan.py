@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from mixlocal.app.background import in_background
@@ -42,32 +42,6 @@ class PullPlan:
         except DiskFullError as error:
             return error
         return self.outlook_error
-
-    def lines(self) -> Iterator[str]:
-        """For people."""
-        model, listing, needs = self.survey.model, self.survey.listing, self.needs
-        yield f"{listing.repository} at {listing.commit[:12]} -> {model.name}:{model.variant}"
-        count = len(self.survey.shards)
-        yield f"  network  {_size(needs.fetch)} to fetch, of {count} file{'s' if count != 1 else ''} with weights"
-        at_once = f"{needs.jobs} shard{'s' if needs.jobs != 1 else ''} at once"
-        yield f"  disk     {_size(needs.store)} in the end, {_size(needs.peak)} at most with {at_once}; " + (
-            f"{_size(needs.free)} free" if not needs.missing else f"{_size(needs.missing)} too little"
-        )
-        if self.outlook is None:
-            assert self.outlook_error is not None
-            yield f"  memory   it would not run here: {self.outlook_error.message}"
-            return
-        plan = self.outlook.plan
-        at_hand = plan.gpu_slots + plan.ram_slots
-        yield f"  memory   {_size(plan.ram_bytes)}: " + (
-            f"all {plan.n_records} experts"
-            if not plan.disk_records
-            else f"{at_hand} of {plan.n_records} experts, the others are read from disk when they are chosen"
-        )
-        forecast = self.outlook.forecast
-        yield "  speed    " + (
-            f"about {_pace(forecast.tokens_per_s)}" if forecast else f"not known: {self.outlook.unmeasured}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +150,3 @@ def _read_seconds() -> float:
     """HF_HUB_DOWNLOAD_TIMEOUT, where it is a number."""
     given = os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", "")
     return float(given) if given.isdigit() and int(given) else READ
-
-
-def _pace(tokens_per_s: float) -> str:
-    if tokens_per_s < 1:
-        return f"a token every {1 / tokens_per_s:.1f} s"
-    return f"{tokens_per_s:.{1 if tokens_per_s < 20 else 0}f} tokens/s"
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
-

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixlocal.app.catalog import CatalogEntry, HubSource, Variant, find_entry, read_catalog, split_variant
+from mixlocal.app.catalog import (
+    DEFAULT_VARIANT,
+    CatalogEntry,
+    HubSource,
+    Variant,
+    find_entry,
+    read_catalog,
+    split_variant,
+)
 from mixlocal.errors import NotFoundError, UsageError
 from mixlocal.store.repo_names import is_repository, is_revision
 
 MAIN = "main"
-DEFAULT_VARIANT: Variant = "q4"
 
 
 @dataclass(frozen=True, slots=True)

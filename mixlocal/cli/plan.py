@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals, run_options, runtime_options
-from mixlocal.cli.render import print_json, print_table, safe_text, size
+from mixlocal.cli.render import pace, print_json, print_table, safe_text, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +94,7 @@ def _speed(outlook: Outlook) -> tuple[str, ...]:
         return (f"How fast is not known: {outlook.unmeasured}.",)
     speeds, look = found.speeds, found.look
     lines = [
-        f"Expected: {_pace(found.tokens_per_s)}"
+        f"Expected: {pace(found.tokens_per_s)}"
         + (f" of {speeds.sequences} sequences together" if speeds.sequences > 1 else ""),
         f"  arithmetic {found.compute_s * 1e3:.1f} ms: {look.n_layers} layers x {speeds.layer * 1e3:.2f} ms "
         f"+ {speeds.rest * 1e3:.2f} ms, measured here on random weights of these widths",
@@ -102,12 +102,6 @@ def _speed(outlook: Outlook) -> tuple[str, ...]:
     if found.disk_s:
         lines.append(_disk_line(outlook, found))
     return tuple(lines)
-
-
-def _pace(tokens_per_s: float) -> str:
-    if tokens_per_s < 1:
-        return f"a token every {1 / tokens_per_s:.1f} s"
-    return f"{tokens_per_s:.{1 if tokens_per_s < 20 else 0}f} tokens/s"
 
 
 def _disk_line(outlook: Outlook, found: Forecast) -> str:

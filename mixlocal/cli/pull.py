@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixlocal.cli.options import Globals, json_option, pass_globals
-from mixlocal.cli.render import print_json, safe_text, say, show_progress, size, warn
+from mixlocal.cli.render import pace, print_json, say, show_progress, size, warn
 from mixlocal.errors import MixlocalError, UsageError
 
 if TYPE_CHECKING:
@@ -83,10 +83,9 @@ def _pull_options(jobs: int, limit_rate: str | None, keep_source: bool) -> PullO
 
 
 def _pull_local(options: Globals, model: str, keep_source: bool) -> ModelStore:
-    from mixlocal.app.catalog import is_folder, recipe_for, split_variant
+    from mixlocal.app.catalog import DEFAULT_VARIANT, is_folder, recipe_for, split_variant
     from mixlocal.app.install import QuantizeRequest, quantize_model
     from mixlocal.app.install import pull as install
-    from mixlocal.app.reference import DEFAULT_VARIANT
 
     name, variant = split_variant(model)
     if is_folder(name):
@@ -130,8 +129,38 @@ def _tell_plan(options: Globals, plan: PullPlan) -> None:
     if options.as_json:
         print_json({"event": "plan"} | _as_dict(plan))
         return
-    for line in plan.lines():
-        say(options, safe_text(line))
+    for line in (_headline(plan), _network(plan), _disk(plan), *_running(plan)):
+        say(options, line)
+
+
+def _headline(plan: PullPlan) -> str:
+    model, listing = plan.survey.model, plan.survey.listing
+    return f"{listing.repository} at {listing.commit[:12]} -> {model.name}:{model.variant}"
+
+
+def _network(plan: PullPlan) -> str:
+    count = len(plan.survey.shards)
+    return f"  network  {size(plan.needs.fetch)} to fetch, of {count} file{'s' if count != 1 else ''} with weights"
+
+
+def _disk(plan: PullPlan) -> str:
+    needs = plan.needs
+    at_once = f"{needs.jobs} shard{'s' if needs.jobs != 1 else ''} at once"
+    room = f"{size(needs.missing)} too little" if needs.missing else f"{size(needs.free)} free"
+    return f"  disk     {size(needs.store)} in the end, {size(needs.peak)} at most with {at_once}; {room}"
+
+
+def _running(plan: PullPlan) -> tuple[str, ...]:
+    if plan.outlook is None:
+        assert plan.outlook_error is not None
+        return (f"  memory   it would not run here: {plan.outlook_error.message}",)
+    memory, forecast = plan.outlook.plan, plan.outlook.forecast
+    at_hand = memory.gpu_slots + memory.ram_slots
+    experts = f"{at_hand} of {memory.n_records} experts, the others are read from disk when they are chosen"
+    if not memory.disk_records:
+        experts = f"all {memory.n_records} experts"
+    speed = f"about {pace(forecast.tokens_per_s)}" if forecast else f"not known: {plan.outlook.unmeasured}"
+    return f"  memory   {size(memory.ram_bytes)}: {experts}", f"  speed    {speed}"
 
 
 def _as_dict(plan: PullPlan) -> dict[str, Any]:

@@ -101,6 +101,13 @@ def count(number: float) -> str:
     return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
+def pace(tokens_per_s: float) -> str:
+    """ "12.3 tokens/s", or of a slow one the time of each."""
+    if tokens_per_s < 1:
+        return f"a token every {1 / tokens_per_s:.1f} s"
+    return f"{tokens_per_s:.{1 if tokens_per_s < 20 else 0}f} tokens/s"
+
+
 def show_progress(options: Globals, work: Generator[Step, None, Result], *, events: bool = False) -> Result:
     """Run long work to its end and return its result; a bar on a terminal, a line every 10 s elsewhere.
 

@@ -37,6 +37,8 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise RefusedError("HF_ENDPOINT is not the address of a Hub", "such as https://huggingface.co")
+        if self.token and not re.fullmatch(r"[!-~]+", self.token):  # a header with it would be refused, and printed
+            raise RefusedError("the token for the Hub has characters that no token has", "check HF_TOKEN")
 
     @property
     def host(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from mixlocal.errors import MixlocalError, NetworkError, RefusedError
 from mixlocal.store.digest import Digest
 from mixlocal.store.download import Event, Remote, Retries
+from mixlocal.store.durable import named_errors
 from mixlocal.store.http import RETRY_STATUSES, Client, Endpoint, complaint
 from mixlocal.store.listing import Listing, RepoFile
 from mixlocal.store.patience import TryAgainError
@@ -45,7 +46,9 @@ def hub_settings() -> HubSettings:
     root = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     root = root.expanduser()
     token_file = Path(os.environ.get("HF_TOKEN_PATH") or root / "token").expanduser()
-    token = os.environ.get("HF_TOKEN") or (token_file.read_text().strip() if token_file.is_file() else None)
+    with named_errors(token_file):
+        kept = token_file.read_text(errors="replace") if token_file.is_file() else ""
+    token = (os.environ.get("HF_TOKEN") or kept).strip()
     return HubSettings(
         endpoint=Endpoint((os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"), token or None),
         offline=_is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"),

@@ -142,3 +142,10 @@ def test_a_rate_holds_over_all_threads() -> None:
     waits = [limit.delay(100) for _ in range(5)]
     assert waits == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.02)
     assert RateLimit(None).delay(10**9) == 0
+
+
+@pytest.mark.parametrize("token", ["hf secret", "hf_secret\n", "hf_s\x00", "hf_ä"])
+def test_a_token_that_is_none_is_not_printed(token: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        Endpoint("https://huggingface.co", token)
+    assert "secret" not in str(caught.value)
