@@ -14,8 +14,8 @@ from mixlocal.cli.render import pace, print_json, say, show_progress, size, warn
 from mixlocal.errors import MixlocalError, UsageError
 
 if TYPE_CHECKING:
-    from mixlocal.app.pull import PullOptions
-    from mixlocal.app.pull_plan import PullPlan
+    from mixlocal.app.pull.carry_out import PullOptions
+    from mixlocal.app.pull.job import PullPlan
     from mixlocal.app.reference import HubModel
     from mixlocal.store.model_store import ModelStore
 
@@ -73,7 +73,7 @@ def pull(
 
 
 def _pull_options(jobs: int, limit_rate: str | None, keep_source: bool) -> PullOptions:
-    from mixlocal.app.pull import PullOptions
+    from mixlocal.app.pull.carry_out import PullOptions
     from mixlocal.app.sizes import parse_size
 
     rate = parse_size("--limit-rate", limit_rate, 0) if limit_rate else None
@@ -100,7 +100,7 @@ def _pull_hub(
     patience: float,
 ) -> ModelStore | None:  # fmt: skip
     """None after --dry-run."""
-    from mixlocal.app.pull_plan import PullJob
+    from mixlocal.app.pull.job import PullJob
 
     job = PullJob.begin(model, options.folders(), pull_options, offline=offline, patience=patience)
     for text in job.warnings:

@@ -585,3 +585,36 @@ def test_a_home_with_too_long_a_path(hub: HubDouble, pull: Pull) -> None:
     assert run.returncode == 2
     assert "too long a path" in run.stderr
     assert hub.requests == []
+
+
+def test_a_header_that_came_wrong_is_fetched_again(hub: HubDouble, home: Path, pull: Pull) -> None:
+    """With its shard: what its first bytes were taken for is compared with what they are."""
+    hub.faults = [Fault("wrong_bytes", path="00001-of", nth=2, at=20)]
+    run = pull("org/m")
+    assert run.returncode == 0, run.stderr
+    assert "fetching it again" in run.stderr
+    assert hub.fired["wrong_bytes"] == 1
+    assert leftovers(home) == []
+    assert list(store(home).verify())
+
+
+def test_a_header_that_came_wrong_at_first_is_refused(hub: HubDouble, home: Path, pull: Pull) -> None:
+    hub.faults = [Fault("wrong_bytes", path="00001-of", at=20)]
+    assert pull("org/m").returncode in (4, 8)
+    assert not list(home.rglob("manifest.json"))
+    assert pull("org/m").returncode == 0
+
+
+def test_a_model_with_numbers_that_are_none_is_refused(tmp_path: Path, home: Path, pull: Pull) -> None:
+    """Only when the hash has shown that the numbers, and not the network, are bad."""
+    folder = tmp_path / "m"
+    weights = tiny.tensors(tiny.CONFIG)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    weights[name][3, 5] = float("nan")
+    tiny.write_checkpoint(folder)
+    tiny.write_shards(folder, weights)
+    with HubDouble({"org/m": folder}, token=TOKEN) as hub:
+        run = pull("org/m", HF_ENDPOINT=hub.endpoint)
+    assert run.returncode == 4
+    assert name in run.stderr
+    assert not list(home.rglob("manifest.json"))

@@ -34,8 +34,8 @@ from hub_double import HubDouble
 from hub_faults import CATALOGUE, Fault
 from quantize_faults import KINDS, digest, exit_code, fault, forked
 
-from mixlocal.app.pull import PullOptions, disk_needs
-from mixlocal.app.pull_plan import PullJob
+from mixlocal.app.pull.carry_out import PullOptions, disk_needs
+from mixlocal.app.pull.job import PullJob
 from mixlocal.app.reference import hub_model
 from mixlocal.errors import AccessError, CorruptError, DiskFullError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store import download

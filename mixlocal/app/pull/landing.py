@@ -16,8 +16,8 @@ from itertools import cycle
 import torch
 
 from mixlocal.app.progress import FileProgress, Notice, Progress, Step
+from mixlocal.app.pull.survey import Shard
 from mixlocal.app.quantization import Quantization
-from mixlocal.app.survey import Shard
 from mixlocal.errors import CorruptError, RefusedError
 from mixlocal.quant.packing import byte_view
 from mixlocal.store.building import Origin

@@ -12,9 +12,9 @@ from mixlocal.app.catalog import recipe_for
 from mixlocal.app.install import QuantizeRequest, quantize_model
 from mixlocal.app.planning import Outlook, Subject, look_into
 from mixlocal.app.progress import Notice, Progress, Step
-from mixlocal.app.pull import DiskNeeds, Line, PullOptions, carry_out, disk_needs
+from mixlocal.app.pull.carry_out import DiskNeeds, Line, PullOptions, carry_out, disk_needs
+from mixlocal.app.pull.survey import Reach, Survey, survey
 from mixlocal.app.reference import MAIN, HubModel
-from mixlocal.app.survey import Reach, Survey, survey
 from mixlocal.errors import DiskFullError, MemoryBudgetError, MixlocalError, PermissionDeniedError, RefusedError
 from mixlocal.store.download import Event, Waiting
 from mixlocal.store.durable import make_folder
@@ -110,7 +110,7 @@ class PullJob:
         return quantize_model(QuantizeRequest(f"{self.model.name}:bf16", variant, recipe_for(variant)), self.home)
 
     def survey(self) -> Generator[Step, None, Survey]:
-        """Ask the Hub, look at the headers. Raises what `app.survey.survey` does."""
+        """Ask the Hub, look at the headers. Raises what `survey` does."""
         reach = Reach(self.line.client, self.settings.cache, self.home.downloads)
         try:
             return (yield from _notices(in_background(lambda tell: survey(self.model, reach, tell))))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixlocal.app.hardware import existing_parent
-from mixlocal.app.landing import Landing, Landings
 from mixlocal.app.progress import Step
+from mixlocal.app.pull.landing import Landing, Landings
+from mixlocal.app.pull.survey import Shard, Survey
 from mixlocal.app.quantization import Quantization, StoreJob
-from mixlocal.app.survey import Shard, Survey
 from mixlocal.errors import CorruptError, DiskFullError, NetworkError
 from mixlocal.store.building import building_folder, journal_path, sweep
 from mixlocal.store.download import AdoptedCheck, Event, Fetcher, FileDownload, Remote, Work
