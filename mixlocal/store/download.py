@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from mixlocal.errors import CorruptError, MixlocalError, NetworkError
+from mixlocal.errors import CorruptError, NetworkError
 from mixlocal.store.digest import PIECE
 from mixlocal.store.http import Answer, Client
 from mixlocal.store.listing import RepoFile
@@ -297,7 +297,7 @@ class Fetcher:
                 self._queue.popleft().run()
             except CancelledError:
                 return
-            except (MixlocalError, OSError, MemoryError) as error:
+            except Exception as error:  # noqa: BLE001 - who waits for this thread would wait for ever
                 self._tell(Failed(error))
                 return
 
