@@ -99,7 +99,7 @@ def test_quantize_verify_rm(run, tmp_path: Path) -> None:
         (("quantize", "CHECKPOINT", "--bits", "5"), 2, "5"),
         (("quantize", "mixtral-8x7b"), 3, "nothing of it is here to be quantized"),
         (("pull", "nobody"), 3, "known: smolmix"),
-        (("pull", "../../etc"), 3, "no model is called"),
+        (("pull", "../../nowhere/etc"), 3, "no such folder"),
         (("show", "nobody"), 3, "nobody"),
         (("verify", "nobody"), 3, "nobody"),
         (("rm", "nobody", "--yes"), 3, "nobody"),

@@ -199,8 +199,8 @@ class Campaign:
         content = where in ("resolve", "cdn")
         return Fault(
             kind, where, pick(self.shards) if content else "", nth=pick((1, 2)) if content else 1,
-            times=1 if kind == "drip" else pick((1, 1, 2, -1)), at=self.rng.randrange(100_000), how=pick(HOW.get(kind, ("",))), step=10,
-            seconds=0.05 if kind == "drip" else 1.0,
+            times=1 if kind == "drip" else pick((1, 1, 2, -1)), at=self.rng.randrange(100_000),
+            how=pick(HOW.get(kind, ("",))), step=10, seconds=0.05 if kind == "drip" else 1.0,
             code=pick((408, 429, 500, 502, 503, 504)) if kind == "status" else 0,
         )  # fmt: skip
 
