@@ -48,7 +48,8 @@ def find_leftovers(home: Home) -> Iterator[Leftover]:
         bad = tuple(sorted(entry.glob("*.bad-*"))) if entry.is_dir() else ()
         if bad:
             yield Leftover(f"damaged downloads of {entry.name}", bad, entry, False)
-        done = any(_is_finished(final) for final in (home.models / entry.name).glob("*"))
+        model = home.models / entry.name.removesuffix("-checkpoint")  # as the source that smolmix is built of is called
+        done = any(_is_finished(final) for final in model.glob("*"))
         yield Leftover(f"downloads of {entry.name}", (entry,), entry, entry.is_dir() and not done)
 
 

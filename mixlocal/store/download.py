@@ -22,7 +22,7 @@ from mixlocal.store.part_file import AdoptedFile, PartFile
 from mixlocal.store.patience import CancelledError, RateLimit, TryAgainError
 
 READ_BYTES = 1 << 19
-GATHER_BYTES, GATHER_SECONDS = 1 << 19, 0.25  # what is held back before it is written: all that a kill can lose
+GATHER_BYTES, GATHER_SECONDS = 1 << 18, 0.25  # what is held back before it is written: all that a kill can lose
 MAX_ODD = 5  # answers in a row that make no sense
 FIRST_WAIT, WAIT_LIMIT = 0.5, 30.0
 

@@ -82,6 +82,10 @@ class DownloadFolder:
         part = self.path / f"{file.path}.part"
         return min(part.stat().st_size, file.nbytes) if part.is_file() else 0
 
+    def is_leftover(self) -> bool:
+        """Whether it is of a pull that was killed behind its last step; one with shards that were to be kept is not."""
+        return (self.path / NOTE).is_file() and not any(self.path.glob("*.safetensors"))
+
     def remove(self) -> None:
         if self.path.is_dir():
             remove_folder(self.path)

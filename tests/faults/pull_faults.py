@@ -204,10 +204,10 @@ class Campaign:
             code=pick((408, 429, 500, 502, 503, 504)) if kind == "status" else 0,
         )  # fmt: skip
 
-    def calls(self, every: int) -> dict[str, Any]:
-        """Every kind of failure at every `every`-th durable call."""
+    def calls(self, first: int, every: int) -> dict[str, Any]:
+        """Every kind of failure at every `every`-th durable call from the `first` on."""
         total = self._count_calls()
-        points = [(k, kind) for k in range(1, total + 1, every) for kind in KINDS]
+        points = [(k, kind) for k in range(first, total + 1, every) for kind in KINDS]
         fired = 0
         for k, kind in points:
             folder = self.root / "run"
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--faults", type=int, default=600)
     parser.add_argument("--every", type=int, default=1, help="strike at every n-th call; 0 for none")
+    parser.add_argument("--first", type=int, default=1, help="the first call to strike at")
     parser.add_argument("--interrupts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -298,7 +299,7 @@ def main() -> None:
         result: dict[str, Any] = campaign.network(args.faults)
         result |= campaign.kills(args.kills) | campaign.interrupts(args.interrupts)
         if args.every:
-            result |= campaign.calls(args.every)
+            result |= campaign.calls(args.first, args.every)
         campaign.hub.stop()
         print(json.dumps(result | {"bad": campaign.bad}))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import deque
@@ -14,7 +15,7 @@ from mixlocal.app.progress import Step
 from mixlocal.app.pull.landing import Landing, Landings
 from mixlocal.app.pull.survey import Shard, Survey
 from mixlocal.app.quantization import Quantization, StoreJob
-from mixlocal.errors import CorruptError, DiskFullError, NetworkError
+from mixlocal.errors import CorruptError, DiskFullError, LockedError, NetworkError, PermissionDeniedError
 from mixlocal.store.building import building_folder, journal_path, sweep
 from mixlocal.store.download import AdoptedCheck, Event, Fetcher, FileDownload, Remote, Work
 from mixlocal.store.download_folder import DownloadFolder
@@ -105,6 +106,7 @@ def carry_out(
     folder = DownloadFolder(home.downloads / model.name)
     with locked(final), locked(folder.path):
         sweep(final)
+        sweep(folder.path)
         if (final / MANIFEST).is_file():  # another process was faster
             return ModelStore.open(final)
         folder.begin(survey.listing, model.revision)
@@ -125,6 +127,17 @@ def carry_out(
         if not options.keep_source:
             folder.remove()
     return ModelStore.open(final)
+
+
+def clean_up(final: Path, folder: DownloadFolder) -> None:
+    """Remove what a call left that was killed behind its last step; the model is finished, so nothing depends on it."""
+    if not (journal_path(final).exists() or folder.is_leftover() or any(folder.path.parent.glob(".*.removed"))):
+        return
+    with contextlib.suppress(LockedError, PermissionDeniedError), locked(final, 0.1), locked(folder.path, 0.1):
+        sweep(final)
+        sweep(folder.path)
+        if folder.is_leftover():
+            folder.remove()
 
 
 def _land(

@@ -12,11 +12,12 @@ from mixlocal.app.catalog import recipe_for
 from mixlocal.app.install import QuantizeRequest, quantize_model
 from mixlocal.app.planning import Outlook, Subject, look_into
 from mixlocal.app.progress import Notice, Progress, Step
-from mixlocal.app.pull.carry_out import DiskNeeds, Line, PullOptions, carry_out, disk_needs
+from mixlocal.app.pull.carry_out import DiskNeeds, Line, PullOptions, carry_out, clean_up, disk_needs
 from mixlocal.app.pull.survey import Reach, Survey, survey
 from mixlocal.app.reference import MAIN, HubModel
 from mixlocal.errors import DiskFullError, MemoryBudgetError, MixlocalError, PermissionDeniedError, RefusedError
 from mixlocal.store.download import Event, Waiting
+from mixlocal.store.download_folder import DownloadFolder
 from mixlocal.store.durable import make_folder
 from mixlocal.store.http import Client
 from mixlocal.store.hub import HubSettings, hub_settings
@@ -86,6 +87,7 @@ class PullJob:
                 f"and {wanted[:12]} was asked for",
                 f"remove it first: mixlocal rm {self.model.name}:{self.model.variant}",
             )
+        clean_up(final, DownloadFolder(self.home.downloads / self.model.name))
         return store
 
     def check_writable(self) -> None:
