@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixlocal.app.catalog import VARIANTS
-from mixlocal.app.model_run import load_model
+from mixlocal.app.model_run import open_experts
 from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
+from mixlocal.kernels import select
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
+from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.store.durable import make_folder
 from mixlocal.store.manifest import Recipe
@@ -23,6 +25,11 @@ def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str =
     for _ in quantize_checkpoint(QuantizeJob(checkpoint, StoreJob(out, "tiny", variant, recipe), checkpoint.name)):
         pass
     return ModelStore.open(out)
+
+
+def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
+    """A store with all its experts in memory."""
+    return Transformer(config, load_trunk(store, config), open_experts(store), select("cpu"), top_k)
 
 
 def open_model(store: ModelStore, top_k: int | None = None) -> tuple[Transformer, ModelConfig]:

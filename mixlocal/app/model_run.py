@@ -126,11 +126,6 @@ def open_experts(
         file.close()
 
 
-def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:
-    """A store with all its experts in memory."""
-    return Transformer(config, load_trunk(store, config), open_experts(store), select("cpu"), top_k)
-
-
 def store_config(store: ModelStore) -> ModelConfig:
     path = store.folder / "config.json"
     return read_config(read_json_object(path), str(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` bytes of one stage ("download", "build", "quantize", "verify"); `what` is being worked on."""
+    """`done` of `total` bytes of one stage, such as "download" or "quantize"; `what` is being worked on."""
 
     stage: str
     done: int

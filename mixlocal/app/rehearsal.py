@@ -21,7 +21,7 @@ from mixlocal.kernels import Expert, Kernels, select
 from mixlocal.model.config import ModelConfig, RouterConfig
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.model.load import trunk_weights
-from mixlocal.model.tensors import TrunkTensor, trunk_tensors
+from mixlocal.model.tensors import trunk_tensors
 from mixlocal.model.transformer import Transformer
 from mixlocal.quant.format import ExpertLayout, QuantSpec
 from mixlocal.quant.quantize import empty
@@ -91,7 +91,7 @@ def _smaller(config: ModelConfig, recipe: Recipe) -> ModelConfig:
 def _random_trunk(config: ModelConfig, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in trunk_tensors(config):
         if tensor.is_matrix and spec.kind == "int8":
-            weight = empty(spec, _matrix_shape(tensor))
+            weight = empty(spec, tensor.matrix)
             randomize(weight)
             yield tensor.name, weight.codes
             yield tensor.name + SCALES_SUFFIX, weight.scales
@@ -101,11 +101,6 @@ def _random_trunk(config: ModelConfig, spec: QuantSpec) -> Iterator[tuple[str, t
             yield tensor.name, plain
         else:
             yield tensor.name, torch.randn(tensor.shape)
-
-
-def _matrix_shape(tensor: TrunkTensor) -> tuple[int, int]:
-    rows, columns = tensor.shape
-    return rows, columns
 
 
 def _decode(model: Transformer, config: ModelConfig, sequences: int, step: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import reprlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +31,8 @@ MAX_HEADER_BYTES = 25_000_000
 MAX_RANK, MAX_NAME = 8, 256
 MAX_INDEX_BYTES = 32 << 20
 INDEX = "model.safetensors.index.json"
+SHARD_SUFFIX = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,15 @@ class Checkpoint:
             if not (folder / "config.json").is_file():
                 raise NotFoundError(f"{folder}: no config.json", "give a folder in Hugging Face format")
         self.config: dict[str, Any] = read_json_object(folder / "config.json")
-        self.shards = _shards(folder)
+        weight_map = _weight_map(folder)
+        with named_errors(folder):
+            names = [p.name for p in sorted(folder.iterdir()) if p.is_file() or p.suffix != SHARD_SUFFIX]
+        self.shards = [folder / name for name in shard_names(str(folder), names, weight_map)]
         self.tensors: dict[str, TensorRef] = {}
         for shard in self.shards:
             add_tensors(self.tensors, read_header(shard))
-        if (folder / INDEX).is_file():
-            check_index(str(folder / INDEX), _weight_map(folder / INDEX), self.tensors)
+        if weight_map is not None:
+            check_index(str(folder / INDEX), weight_map, self.tensors)
 
     def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """See `read_tensor`."""
@@ -187,28 +192,28 @@ def _is_size(n: object) -> bool:
     return type(n) is int and 0 <= n < 1 << 50
 
 
-def _shards(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(_weight_map(folder / INDEX).values()))
-        missing = next((name for name in names if not (folder / name).is_file()), None)
+def shard_names(where: str, names: Collection[str], weight_map: dict[str, str] | None) -> list[str]:
+    """Those of `names` that hold the weights. Raises `NotFoundError`, `RefusedError` where they are pickled only."""
+    if weight_map is not None:
+        wanted = sorted(set(weight_map.values()))
+        missing = next((name for name in wanted if name not in names), None)
         if missing is not None:
-            raise NotFoundError(f"{folder / missing}: missing, but named by {INDEX}", "fetch the missing shard")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    shards = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not shards:
-        unsafe = next((p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}")), None)
-        if unsafe is not None:
-            raise RefusedError(
-                f"{folder}: only pickled weights ({unsafe}); they can run code", "use a safetensors checkpoint"
-            )
-        raise NotFoundError(f"{folder}: no *.safetensors weights")
-    return shards
+            raise NotFoundError(f"{where}/{missing}: missing, but named by {INDEX}", "fetch the missing shard")
+        return wanted
+    shards = sorted(name for name in names if name.endswith(SHARD_SUFFIX))
+    if shards:
+        return ["model.safetensors"] if "model.safetensors" in shards else shards
+    unsafe = next((name for name in names if name.endswith(PICKLED)), None)
+    if unsafe is not None:
+        raise RefusedError(
+            f"{where}: only pickled weights ({unsafe}); they can run code", "use a safetensors checkpoint"
+        )
+    raise NotFoundError(f"{where}: no *{SHARD_SUFFIX} weights")
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    return read_weight_map(read_json_object(path, MAX_INDEX_BYTES), str(path))
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX
+    return read_weight_map(read_json_object(path, MAX_INDEX_BYTES), str(path)) if path.is_file() else None
 
 
 def read_weight_map(index: dict[str, Any], where: str) -> dict[str, str]:

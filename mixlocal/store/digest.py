@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-from mixlocal.store.durable import named_errors
 
 PIECE = 1 << 20
 
@@ -36,17 +32,6 @@ class Digest:
     def matches(self, data: bytes) -> bool:
         hasher = self.start(len(data))
         hasher.update(data)
-        return hasher.value == self.value
-
-    def matches_file(self, path: Path, tell: Callable[[int], None] = lambda _: None) -> bool:
-        """Reads the file; `tell` hears how many bytes are done."""
-        done, buffer = 0, memoryview(bytearray(PIECE))
-        with named_errors(path), path.open("rb", buffering=0) as file:
-            hasher = self.start(path.stat().st_size)
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-                done += count
-                tell(done)
         return hasher.value == self.value
 
 

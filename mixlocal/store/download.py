@@ -62,6 +62,10 @@ class Failed:
     error: BaseException
 
 
+class WrongBytesError(CorruptError):
+    """What comes is not what the listing says, again and again: one of the two is wrong."""
+
+
 Event = Waiting | Rewound | Arrived | Failed
 
 
@@ -74,7 +78,7 @@ class Remote:
     commit: str
 
     def url(self, path: str) -> str:
-        return f"{self.client.endpoint.url.rstrip('/')}/{self.repository}/resolve/{self.commit}/{quote(path)}"
+        return f"{self.client.endpoint.url}/{self.repository}/resolve/{self.commit}/{quote(path)}"
 
     def what(self, path: str) -> str:
         return f"{self.repository}/{path}" if path else self.repository
@@ -109,7 +113,7 @@ class Retries:
 
 
 def fetch_bytes(remote: Remote, file: RepoFile, tell: Callable[[Event], None], limit: int | None = None) -> bytes:
-    """A small file, checked; or its first `limit` bytes, unchecked. Raises `CorruptError`, `NetworkError`, ..."""
+    """A small file, checked; or its first `limit` bytes, unchecked. Raises `WrongBytesError`, `NetworkError`, ..."""
     size = file.nbytes if limit is None else min(limit, file.nbytes)
     retries, wrong = Retries(remote, file.path, tell), 0
     while True:
@@ -151,7 +155,7 @@ class FileDownload:
         return self.part.landed
 
     def run(self) -> None:
-        """To the last byte. Raises `NetworkError`, `CorruptError`, `DiskFullError`, ..., `CancelledError`."""
+        """To the last byte. Raises `NetworkError`, `WrongBytesError`, `DiskFullError`, ..., `CancelledError`."""
         self._hasher = self.part.rehash()
         while True:
             while self.part.landed < self.file.nbytes:
@@ -342,8 +346,8 @@ def _usable_etag(etag: str | None) -> str | None:
     return etag if etag and len(etag) <= 200 and etag.isascii() and etag.startswith('"') else None
 
 
-def _wrong_bytes(remote: Remote, file: RepoFile) -> CorruptError:
-    return CorruptError(
+def _wrong_bytes(remote: Remote, file: RepoFile) -> WrongBytesError:
+    return WrongBytesError(
         f"{remote.what(file.path)}: what came twice is not what the Hub lists (its hash is wrong)",
         "try again later, or without the mirror or proxy in between",
     )

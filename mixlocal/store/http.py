@@ -50,7 +50,7 @@ class Endpoint:
         return parts.scheme == "https" or _is_loopback(parts.hostname or "")
 
     def headers_for(self, url: str) -> dict[str, str]:
-        if self.token and self.safe_for_token and _origin(url) == _origin(self.url):
+        if self.token and self.safe_for_token and self.is_ours(url):
             return {"Authorization": f"Bearer {self.token}"}
         return {}
 
@@ -59,12 +59,12 @@ class Endpoint:
 
 
 class Answer:
-    """The body of a 200 or 206: bytes `start` to `end` of a file of `total` bytes; None where nobody said so."""
+    """The body of a 200 or 206: a file of `total` bytes from `start` on; None where nobody said so."""
 
-    def __init__(self, response: urllib3.BaseHTTPResponse, what: str) -> None:
-        self._response, self._what = response, what
+    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
+        self._response = response
         self.etag = response.headers.get("ETag")
-        self.start, self.end, self.total = _extent(response, what)
+        self.start, self.total = _extent(response)
 
     def read(self, nbytes: int) -> bytes:
         """What is there by now, at most `nbytes`; b"" at the end. Raises `TryAgainError`."""
@@ -95,7 +95,7 @@ class Client:
         response = self._follow(url, what, headers)
         try:
             with self.cancellation.reading(response.shutdown):
-                yield Answer(response, what)
+                yield Answer(response)
         except TryAgainError:
             self.cancellation.check()  # then it is us who ended the read
             raise
@@ -213,18 +213,17 @@ def _said(headers: Mapping[str, str]) -> str:
     return f": {message[:MAX_MESSAGE]}" if message else ""
 
 
-def _extent(response: urllib3.BaseHTTPResponse, what: str) -> tuple[int, int | None, int | None]:
-    """First byte, end and size of the whole, as the headers say. Raises `TryAgainError` for what cannot be."""
+def _extent(response: urllib3.BaseHTTPResponse) -> tuple[int, int | None]:
+    """First byte and size of the whole, as the headers say. Raises `TryAgainError` for what cannot be."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise TryAgainError("the server compressed what must come as it is", odd=True)
     if response.status == 200:
         length = response.headers.get("Content-Length", "")
-        size = int(length) if re.fullmatch(r"\d{1,15}", length) else None
-        return 0, size, size
-    given = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", response.headers.get("Content-Range", ""))
+        return 0, int(length) if re.fullmatch(r"\d{1,15}", length) else None
+    given = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})", response.headers.get("Content-Range", ""))
     if given is None:
         raise TryAgainError("the server sent a part and did not say which", odd=True)
-    return int(given[1]), int(given[2]) + 1, int(given[3])
+    return int(given[1]), int(given[2])
 
 
 def _origin(url: str) -> Origin:

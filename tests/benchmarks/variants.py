@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from stores import open_model
+
 import mixlocal
 from mixlocal.app.installed import find_store
-from mixlocal.app.model_run import load_model
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.model.arch import read_config
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import home
-from mixlocal.store.strict_json import read_json_object
 
 TEXT = Path(mixlocal.__file__).parent / "data" / "evaluation.txt"
 
@@ -41,9 +43,7 @@ class Score:
 
 def logprobs(store: ModelStore, text: str, ctx: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each chunk: log probabilities [T - 1, V] and the ids [T - 1] that followed."""
-    path = store.folder / "config.json"
-    config = read_config(read_json_object(path), str(path))
-    model = load_model(store, config)
+    model, config = open_model(store)
     ids = torch.tensor(load_tokenizer(store.folder).encode(text))
     for chunk in ids.split(ctx):
         if len(chunk) > 1:

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 from simulated_device import SimulatedDevice
+from stores import load_model
 from tiered_model import EXPERTS, LAYERS, PROFILE, logits, make_store
 
-from mixlocal.app.model_run import load_model, store_config
+from mixlocal.app.model_run import store_config
 from mixlocal.errors import CorruptError, MemoryBudgetError, UsageError
 from mixlocal.experts.balance import Costs, measure_costs, worth_moving
 from mixlocal.experts.device import CudaDevice

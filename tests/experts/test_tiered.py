@@ -16,9 +16,10 @@ from types import FrameType
 
 import pytest
 import torch
+from stores import load_model
 from tiered_model import EXPERTS, IDS, LAYERS, PROFILE, logits, make_store
 
-from mixlocal.app.model_run import load_model, store_config
+from mixlocal.app.model_run import store_config
 from mixlocal.errors import CorruptError
 from mixlocal.experts.profile import RoutingProfile
 from mixlocal.experts.tiered import TieredExperts

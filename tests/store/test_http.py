@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from email.utils import formatdate
 
 import pytest
 
-from mixlocal.errors import AccessError, NotFoundError, RefusedError
+from mixlocal.errors import AccessError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store.digest import Digest
-from mixlocal.store.http import Endpoint, complaint, retry_after
-from mixlocal.store.patience import Cancellation, CancelledError, RateLimit, TryAgainError
+from mixlocal.store.http import Client, Endpoint, complaint, retry_after
+from mixlocal.store.patience import Cancellation, CancelledError, Patience, RateLimit, TryAgainError
 from mixlocal.store.repo_names import check_path, is_commit, is_repository, is_revision, is_wanted
 
 EVIL = (
@@ -149,3 +151,39 @@ def test_a_token_that_is_none_is_not_printed(token: str) -> None:
     with pytest.raises(RefusedError) as caught:
         Endpoint("https://huggingface.co", token)
     assert "secret" not in str(caught.value)
+
+
+def test_proxies_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy is asked, for the whole address; a host that is to be reached without one is not asked of it."""
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[bytes] = []
+
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            asked.append(connection.recv(4096).partition(b"\r\n")[0])
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+        client = Client(Endpoint("http://hub.invalid"), Patience(read=2.0), Cancellation())
+        with client.get("http://hub.invalid/org/m", "org/m", {}) as found:
+            assert (found.read(10), found.start, found.total) == (b"{}", 0, 2)
+        thread.join()
+        assert asked == [b"GET http://hub.invalid/org/m HTTP/1.1"]
+        monkeypatch.setenv("no_proxy", "hub.invalid")
+        with pytest.raises(TryAgainError, match=r"cannot be resolved|no connection"), client.get(
+            "http://hub.invalid/org/m", "org/m", {}
+        ):
+            pytest.fail("a host without a proxy answered")
+
+
+def test_a_proxy_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    client = Client(Endpoint("http://hub.invalid"), Patience(), Cancellation())
+    with pytest.raises(NetworkError, match="socks5 proxy"), client.get("http://hub.invalid/x", "x", {}):
+        pytest.fail("went round the proxy")

@@ -14,10 +14,10 @@ from mixlocal.app.hardware import existing_parent
 from mixlocal.app.progress import Step
 from mixlocal.app.pull.landing import Landing, Landings
 from mixlocal.app.pull.survey import Shard, Survey
-from mixlocal.app.quantization import Quantization, StoreJob
-from mixlocal.errors import CorruptError, DiskFullError, LockedError, NetworkError, PermissionDeniedError
+from mixlocal.app.quantization import DISK_MARGIN, Quantization, StoreJob
+from mixlocal.errors import DiskFullError, LockedError, NetworkError, PermissionDeniedError
 from mixlocal.store.building import building_folder, journal_path, sweep
-from mixlocal.store.download import AdoptedCheck, Event, Fetcher, FileDownload, Remote, Work
+from mixlocal.store.download import AdoptedCheck, Event, Fetcher, FileDownload, Remote, Work, WrongBytesError
 from mixlocal.store.download_folder import DownloadFolder
 from mixlocal.store.http import Client
 from mixlocal.store.journal import shards_used_up
@@ -27,9 +27,6 @@ from mixlocal.store.model_store import SMALL_FILES, ModelStore
 from mixlocal.store.part_file import AdoptedFile, PartFile
 from mixlocal.store.paths import Home
 from mixlocal.store.patience import Cancellation, RateLimit
-
-DEFAULT_JOBS = 4
-DISK_MARGIN = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ class Line:
 class PullOptions:
     """jobs: files fetched at once. rate: bytes/s over all of them, None for what the network gives."""
 
-    jobs: int = DEFAULT_JOBS
+    jobs: int
     rate: float | None = None
     keep_source: bool = False
 
@@ -120,7 +117,7 @@ def carry_out(
         with Quantization(job, survey.blueprint, _fingerprint(survey)) as task:
             try:
                 yield from _land(task, survey, line, folder, needs.jobs, options)
-            except CorruptError:
+            except WrongBytesError:
                 folder.forget()
                 raise
             task.finish(_source(survey), {name: survey.small[name] for name in SMALL_FILES if name in survey.small})

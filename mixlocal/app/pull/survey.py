@@ -11,7 +11,17 @@ from mixlocal.app.blueprint import Blueprint
 from mixlocal.app.catalog import recipe_for
 from mixlocal.app.reference import HubModel
 from mixlocal.errors import CorruptError, NetworkError, NotFoundError, RefusedError
-from mixlocal.store.checkpoint import INDEX, TensorRef, add_tensors, check_index, data_start, read_weight_map
+from mixlocal.store.checkpoint import (
+    INDEX,
+    MAX_INDEX_BYTES,
+    SHARD_SUFFIX,
+    TensorRef,
+    add_tensors,
+    check_index,
+    data_start,
+    read_weight_map,
+    shard_names,
+)
 from mixlocal.store.checkpoint import tensor_refs as read_tensor_refs
 from mixlocal.store.download import Event, Remote, fetch_bytes
 from mixlocal.store.download_folder import DownloadFolder
@@ -23,12 +33,9 @@ from mixlocal.store.manifest import Recipe
 from mixlocal.store.strict_json import parse_json_object
 
 CONFIG = "config.json"
-SHARD_SUFFIX = ".safetensors"
 FIRST_BYTES = 1 << 14  # of a shard: holds the header of most
 SMALL_LIMIT = 64 << 20
-INDEX_LIMIT = 32 << 20
 HEADER_READERS = 4
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,9 @@ def survey(model: HubModel, reach: Reach, tell: Callable[[Event], None]) -> Surv
     recipe = recipe_for(model.variant)
     blueprint = Blueprint.of(config, f"{model.repository}/{CONFIG}", recipe)
     small |= {name: source.small(name) for name in names if name != CONFIG}
-    shards = source.shards(_shard_names(listing, small))
-    blueprint.check_tensors(model.repository, _tensors(model, small, shards))
+    weight_map = _weight_map(listing, small)
+    shards = source.shards(shard_names(listing.repository, [*listing.files, *listing.others], weight_map))
+    blueprint.check_tensors(model.repository, _tensors(model.repository, shards, weight_map))
     return Survey(model, recipe, listing, small, shards, blueprint)
 
 
@@ -100,36 +108,19 @@ def _find_listing(model: HubModel, reach: Reach, tell: Callable[[Event], None]) 
     return found
 
 
-def _shard_names(listing: Listing, small: dict[str, bytes]) -> list[str]:
-    """The files with the weights. Raises `RefusedError` where there are none but pickled ones."""
-    if INDEX in small:
-        where = f"{listing.repository}/{INDEX}"
-        names = sorted(set(read_weight_map(parse_json_object(small[INDEX], where), where).values()))
-        missing = next((name for name in names if name not in listing.files), None)
-        if missing is not None:
-            raise NotFoundError(f"{listing.repository}/{missing}: not there, but named by {INDEX}")
-        return names
-    shards = sorted(name for name in listing.files if name.endswith(SHARD_SUFFIX))
-    if f"model{SHARD_SUFFIX}" in shards:
-        return [f"model{SHARD_SUFFIX}"]
-    if shards:
-        return shards
-    unsafe = next((name for name in listing.others if name.endswith(PICKLED)), None)
-    if unsafe is not None:
-        raise RefusedError(
-            f"{listing.repository}: only pickled weights ({unsafe}); they can run code",
-            "look for a repository with safetensors files",
-        )
-    raise NotFoundError(f"{listing.repository}: no {SHARD_SUFFIX} weights")
+def _weight_map(listing: Listing, small: dict[str, bytes]) -> dict[str, str] | None:
+    if INDEX not in small:
+        return None
+    where = f"{listing.repository}/{INDEX}"
+    return read_weight_map(parse_json_object(small[INDEX], where), where)
 
 
-def _tensors(model: HubModel, small: dict[str, bytes], shards: tuple[Shard, ...]) -> dict[str, TensorRef]:
+def _tensors(repository: str, shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
     for shard in shards:
         add_tensors(tensors, shard.tensors)
-    if INDEX in small:
-        where = f"{model.repository}/{INDEX}"
-        check_index(where, read_weight_map(parse_json_object(small[INDEX], where), where), tensors)
+    if weight_map is not None:
+        check_index(f"{repository}/{INDEX}", weight_map, tensors)
     return tensors
 
 
@@ -144,7 +135,7 @@ class _Source:
 
     def small(self, name: str) -> bytes:
         file = self.listing.files[name]
-        if file.nbytes > (INDEX_LIMIT if name == INDEX else SMALL_LIMIT):
+        if file.nbytes > (MAX_INDEX_BYTES if name == INDEX else SMALL_LIMIT):
             raise RefusedError(f"{self.listing.repository}/{name}: {file.nbytes} bytes is too large for what it is")
         copy = self._copy(file)
         data = copy.read_bytes() if copy is not None else b""
