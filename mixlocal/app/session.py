@@ -7,59 +7,28 @@ with Session.open("smolmix") as session:
 
 from __future__ import annotations
 
-import resource
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self, TypedDict, Unpack
-
-import torch
 
 from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.installed import find_store
 from mixlocal.app.model_run import ModelRun
+from mixlocal.app.run_stats import Clock, RunStats
 from mixlocal.app.template import ChatTemplate, Message
 from mixlocal.app.templates import load_template
 from mixlocal.app.text_stream import StopScanner, TextStream
 from mixlocal.app.tokenizer import Tokenizer
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
-from mixlocal.engine.sampling import Choice, Sampler, SamplingParams
+from mixlocal.engine.sampling import Choice, Constraint, Sampler, SamplingParams
 from mixlocal.errors import RefusedError
-from mixlocal.experts.runtime import ExpertCounts
+from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
-
-
-@dataclass(frozen=True, slots=True)
-class RunStats:
-    """Counts and seconds of one answer. ttft_s: from the call to the first token; ram_peak and vram_peak in bytes.
-
-    experts: what the expert runtime did meanwhile.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    load_s: float
-    ttft_s: float
-    prefill_s: float
-    decode_s: float
-    ram_peak: int
-    vram_peak: int
-    experts: ExpertCounts
-
-    @property
-    def prompt_tps(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def gen_tps(self) -> float:
-        """Tokens after the first, which the prefill gave."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s and self.completion_tokens > 1 else 0.0
 
 
 class RunKeywords(TypedDict, total=False):
@@ -143,23 +112,32 @@ class Session:
         *,
         raw: bool = False,
         prefill: str = "",
+        constraint: Constraint | None = None,
     ) -> Iterator[Chunk]:
         """Answer piece by piece. Text that could begin a stop string is held back until it is known not to."""
         ids = self.encode(prompt, raw=raw, prefill=prefill)
-        return self.stream_ids(ids, params, continuation=raw or bool(prefill))
+        return self.stream_ids(ids, params, continuation=raw or bool(prefill), constraint=constraint)
 
     def stream_ids(
-        self, ids: list[int], params: SamplingParams | None = None, *, continuation: bool = False
+        self,
+        ids: list[int],
+        params: SamplingParams | None = None,
+        *,
+        continuation: bool = False,
+        constraint: Constraint | None = None,
+        cache: KVCache | None = None,
     ) -> Iterator[Chunk]:
-        """As `stream`, for a prompt that is token ids already; `continuation`: the answer goes on in the same text."""
+        """As `stream`, for a prompt that is token ids already. continuation: the answer goes on in the same text.
+        cache: of `new_cache`; what it holds of the prompt's beginning is not computed again.
+        """
         params = params or self.defaults
-        sampler = Sampler(with_seed(params))
-        cache = self.run.new_cache(self.context)
-        clock = _Clock(self.load_s, len(ids), self.model.experts.counts)
+        sampler = Sampler(with_seed(params), constraint)
+        cache = cache or self.new_cache()
+        clock = Clock(self.load_s, len(ids), self.model.experts.counts)
         text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
         for event in generate(self.model, ids, cache, sampler, self.tokenizer.eos_ids):
             if isinstance(event, Prefilled):
-                clock.prefilled()
+                clock.prefilled(event)
                 yield Chunk(prefilled=event)
                 continue
             piece, stopped = _advance(event, self.tokenizer, text, scanner, clock)
@@ -171,6 +149,10 @@ class Session:
                 return
             yield Chunk(piece, event.choice)
         yield Chunk(finish="length", stats=clock.stats())
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache for the whole context."""
+        return self.run.new_cache(self.context)
 
     def close(self) -> None:
         """Free the weights, and keep what was learnt of the routing for the next start.
@@ -187,34 +169,8 @@ class Session:
         self.close()
 
 
-class _Clock:
-    """Collects the figures of one answer."""
-
-    def __init__(self, load_s: float, prompt_tokens: int, counts: ExpertCounts) -> None:
-        self._counts, self._before = counts, replace(counts)
-        self._load_s, self._prompt_tokens = load_s, prompt_tokens
-        self._start = self._prefilled = time.perf_counter()
-        self._first: float | None = None
-        self._tokens = 0
-
-    def prefilled(self) -> None:
-        self._prefilled = time.perf_counter()
-
-    def token(self) -> None:
-        self._tokens += 1
-        self._first = self._first or time.perf_counter()
-
-    def stats(self) -> RunStats:
-        now = time.perf_counter()
-        first = self._first or now
-        return RunStats(
-            self._prompt_tokens, self._tokens, self._load_s, first - self._start, self._prefilled - self._start,
-            now - first, ram_peak(), vram_peak(), self._counts.since(self._before),
-        )  # fmt: skip
-
-
 def _advance(
-    event: Token, tokenizer: Tokenizer, text: TextStream, scanner: StopScanner, clock: _Clock
+    event: Token, tokenizer: Tokenizer, text: TextStream, scanner: StopScanner, clock: Clock
 ) -> tuple[str, bool]:
     if event.choice.id in tokenizer.eos_ids:
         return "", False
@@ -232,19 +188,3 @@ def _rest(text: TextStream, scanner: StopScanner) -> str:
 def with_seed(params: SamplingParams) -> SamplingParams:
     """`params` with a seed: its own, or one drawn now, so that every run can be replayed."""
     return params if params.seed is not None else replace(params, seed=secrets.randbelow(1 << 31))
-
-
-def vram_peak() -> int:
-    """Most GPU memory that this process had at once, in bytes; of the GPU it computes on."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
-def ram_peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    # what getrusage says on Linux may be the parent's, from before this program was started
-    return int(status.split("VmHWM:", 1)[1].split(maxsplit=1)[0]) * 1024

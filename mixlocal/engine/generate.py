@@ -18,10 +18,11 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """`done` of `total` prompt tokens are in the cache."""
+    """`done` of `total` prompt tokens are in the cache; `kept` of them were there before."""
 
     done: int
     total: int
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,14 @@ def generate(
 ) -> Iterator[Prefilled | Token]:
     """Continue `prompt` until an id in `stop_ids`, max_tokens or the context's end.
 
-    Tokens of `prompt` that the cache holds already must not be repeated in it. Raises `UsageError` for an empty prompt,
-    `ContextOverflowError` if it does not fit.
+    What the cache holds of the prompt's beginning is not computed again, and what it holds beyond is forgotten. Raises
+    `UsageError` for an empty prompt, `ContextOverflowError` if it does not fit.
     """
     check_fits(prompt, cache)
+    cache.keep(prompt[:-1])  # the last one is computed in any case: its logits are needed
     logits = torch.empty(0)
-    for progress, logits in prefill(model, prompt, cache):  # noqa: B007  the last ones are needed
+    yield Prefilled(cache.length, len(prompt), cache.length)
+    for progress, logits in prefill(model, prompt[cache.length :], cache):  # noqa: B007  the last ones are needed
         yield progress
     history = list(prompt)
     room = min(sampler.params.max_tokens, cache.limit - cache.length)
@@ -58,10 +61,11 @@ def generate(
 
 
 def prefill(model: Transformer, ids: list[int], cache: KVCache) -> Iterator[tuple[Prefilled, torch.Tensor]]:
-    """Run `ids` through the model in chunks; yields progress and the logits [V] after it."""
+    """Run `ids`, which follow what the cache holds, through the model in chunks; yields progress and the logits [V]."""
+    kept = cache.length
     for start in range(0, len(ids), model.chunk):
-        chunk = ids[start : start + model.chunk]
-        yield Prefilled(start + len(chunk), len(ids)), model.forward(torch.tensor(chunk), cache)
+        logits = model.forward(torch.tensor(ids[start : start + model.chunk]), cache)
+        yield Prefilled(cache.length, kept + len(ids), kept), logits
 
 
 def decode_step(model: Transformer, token: int, cache: KVCache) -> torch.Tensor:
@@ -72,7 +76,7 @@ def decode_step(model: Transformer, token: int, cache: KVCache) -> torch.Tensor:
 def check_fits(prompt: list[int], cache: KVCache) -> None:
     if not prompt:
         raise UsageError("the prompt is empty", "give some text")
-    if cache.length + len(prompt) > cache.limit:
+    if len(prompt) > cache.limit:
         raise ContextOverflowError(
             f"the prompt has {len(prompt)} tokens and the context holds {cache.limit}", "shorten it, or raise --ctx"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -51,11 +52,22 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Sampler:
-    """Draws tokens by one seeded generator: the same logits, seed and history give the same token."""
+class Constraint(Protocol):
+    """What an answer may be: asked before each token, told of it afterwards."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def allowed(self) -> torch.Tensor:
+        """bool [V], at least one of them true."""
+
+    def accept(self, token: int) -> None:
+        """`token`, an allowed one, is the next."""
+
+
+class Sampler:
+    """Draws tokens by one seeded generator: the same logits, seed, history and constraint give the same token."""
+
+    def __init__(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
         self.params = params
+        self._constraint = constraint
         self._generator = torch.Generator().manual_seed(params.seed or 0)
 
     def choose(self, logits: torch.Tensor, history: list[int]) -> Choice:
@@ -64,11 +76,21 @@ class Sampler:
         if not math.isfinite(peak):
             raise CorruptError(f"the model computed {peak} after {len(history)} tokens", "check it: mixlocal verify")
         logprobs = torch.log_softmax(logits, dim=-1)
-        penalised = penalise(logits, history, self.params.repeat_penalty)
+        penalised = self._constrained(penalise(logits, history, self.params.repeat_penalty))
         token = int(penalised.argmax()) if self.params.temperature == 0 else self._draw(penalised)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return Choice(token, logprobs[token].item(), pairs)
+
+    def _constrained(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._constraint is None:
+            return logits
+        allowed = logits.masked_fill(~self._constraint.allowed(), -math.inf)
+        if allowed.max() == -math.inf:
+            raise CorruptError("the model excludes every token that the answer's form allows", "try another seed")
+        return allowed
 
     def _draw(self, logits: torch.Tensor) -> int:
         """Inverse transform on the kept tokens in order of probability, in double precision."""

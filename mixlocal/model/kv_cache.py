@@ -1,14 +1,16 @@
 """Keys and values of the tokens seen so far, for one sequence.
 
     cache = KVCache(config, limit=4096)
-    forward([5, 7, 2])   # length 0 -> 3
-    forward([9])         # length 3 -> 4: token 9 attends to positions 0..3
-    cache.truncate(1)    # forget all but the first token
+    forward([5, 7, 2])         # length 0 -> 3
+    forward([9])               # length 3 -> 4: token 9 attends to positions 0..3
+    cache.keep([5, 7, 8, 9])   # length 4 -> 2: what another text begins with need not be computed again
 
 Room for `limit` tokens is set aside at once and takes physical memory only where tokens have been written.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -21,14 +23,14 @@ DEFAULT_KV_DTYPE = "f16"
 
 
 class KVCache:
-    """`layers[i]` is what layer i reads and writes; positions 0 to length - 1 are in use."""
+    """`layers[i]` is what layer i reads and writes; `ids` are the tokens at positions 0 to length - 1."""
 
     def __init__(
         self, config: ModelConfig, limit: int, dtype: torch.dtype = KV_DTYPES[DEFAULT_KV_DTYPE], device: str = "cpu"
     ) -> None:
         """Raises `MemoryBudgetError` if the memory cannot be had."""
         self.limit = limit
-        self.length = 0
+        self.ids: list[int] = []
         panels, shape = _panels(limit), (config.n_layers, config.n_kv_heads)
         try:
             keys = torch.empty((*shape, panels, config.head_dim, PANEL), dtype=dtype, device=device)
@@ -37,12 +39,21 @@ class KVCache:
             raise MemoryBudgetError(f"no memory for a KV cache of {limit} tokens", "give a smaller --ctx") from error
         self.layers = [KeyValues(keys[i], values[i]) for i in range(config.n_layers)]
 
-    def advance(self, count: int) -> None:
-        """`count` tokens behind `length` are complete in every layer."""
-        self.length += count
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """The tokens `ids` behind the last one are complete in every layer."""
+        self.ids += ids
 
     def truncate(self, length: int) -> None:
-        self.length = min(self.length, length)
+        del self.ids[length:]
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """Forget all behind what `ids` begins with."""
+        same = (n for n, (ours, theirs) in enumerate(zip(self.ids, ids, strict=False)) if ours != theirs)
+        self.truncate(next(same, min(self.length, len(ids))))
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype = KV_DTYPES[DEFAULT_KV_DTYPE]) -> int:

@@ -73,7 +73,7 @@ class Transformer:
             normed, experts, weights = router.choose(hidden)
             guess = partial(self._guess, i + 1, hidden) if i + 1 < len(self._routers) else None
             hidden += self.experts.apply(i, normed, Routing(experts, weights), guess)
-        cache.advance(count)
+        cache.advance(ids.tolist())
         logits = self._head.logits(hidden if all_logits else hidden[-1:])
         return (logits if all_logits else logits[0]).cpu()
 

@@ -12,6 +12,7 @@ from stores import quantized
 from mixlocal.app.installed import find_store
 from mixlocal.app.session import Chunk, Session
 from mixlocal.app.template import Message
+from mixlocal.engine.generate import Prefilled
 from mixlocal.engine.sampling import SamplingParams
 from mixlocal.errors import ContextOverflowError, MemoryBudgetError, NotFoundError, RefusedError, UsageError
 from mixlocal.experts.plan import PREFILL_CHUNK
@@ -88,7 +89,33 @@ def test_no_token_wanted(session: Session) -> None:
 def test_long_prompts_report_their_prefill(session: Session) -> None:
     chunks = answer(session, "x" * (PREFILL_CHUNK + 100), max_tokens=1)
     done = [chunk.prefilled.done for chunk in chunks if chunk.prefilled]
-    assert done == [PREFILL_CHUNK, PREFILL_CHUNK + 100]
+    assert done == [0, PREFILL_CHUNK, PREFILL_CHUNK + 100]
+
+
+@pytest.mark.parametrize("common", [0, 1, 20, 39, 40])
+def test_what_a_cache_holds_of_a_prompt_is_not_computed_again(session: Session, common: int) -> None:
+    """And the answer is the same, to the last bit of its probabilities, as with an empty cache."""
+    first = [(7 * n) % 256 for n in range(40)]
+    second = first[:common] + [(5 * n + 3) % 256 for n in range(60)]
+    params = SamplingParams(max_tokens=12, seed=5, repeat_penalty=1.3)
+    cache = session.new_cache()
+    list(session.stream_ids(first, params, cache=cache))
+    again, fresh = list(session.stream_ids(second, params, cache=cache)), list(session.stream_ids(second, params))
+    assert [chunk.choice for chunk in again] == [chunk.choice for chunk in fresh]
+    assert again[0].prefilled == Prefilled(cache_kept(first, second), len(second), cache_kept(first, second))
+    assert again[-1].stats.kept_tokens == cache_kept(first, second)
+
+
+def cache_kept(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with, without the second's last."""
+    return next(n for n, pair in enumerate(zip([*first, -1], second, strict=False)) if pair[0] != pair[1])
+
+
+def test_the_same_prompt_again_computes_one_token(session: Session) -> None:
+    cache, ids = session.new_cache(), list(range(50))
+    chunks = [list(session.stream_ids(ids, SamplingParams(max_tokens=5, seed=1), cache=cache)) for _ in range(2)]
+    assert chunks[1][0].prefilled == Prefilled(49, 50, 49)
+    assert text(chunks[0]) == text(chunks[1])
 
 
 def test_a_prompt_beyond_the_context_names_both_numbers(session: Session) -> None:
