@@ -10,7 +10,7 @@ Room for `limit` tokens is set aside at once and takes physical memory only wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -49,6 +49,18 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         del self.ids[length:]
+
+    def rows(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The keys and then the values of each layer, head by head, contiguous along the tokens; and how many tokens a
+        row holds."""
+        for layer in self.layers:
+            yield from ((keys, PANEL) for keys in layer.keys)
+            yield from ((values, 1) for values in layer.values)
+
+    def clear_unused(self) -> None:
+        """Zero what was never written of the row that the last key lies in."""
+        for layer in self.layers:
+            layer.keys[:, self.length // PANEL : _panels(self.length), :, self.length % PANEL :] = 0
 
     def keep(self, ids: Sequence[int]) -> None:
         """Forget all behind what `ids` begins with."""

@@ -23,6 +23,8 @@ Buffer = bytes | bytearray | memoryview
 # For tests: gets the name and byte count of each changing system call; may raise, kill, or return a smaller count.
 on_call: Callable[[str, int], int] | None = None
 
+TEMP_SUFFIX = ".part"  # of a file that is being written under another name
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP}
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -58,15 +60,37 @@ def make_folder(path: Path) -> None:
 
 def write_file(path: Path, data: Buffer) -> None:
     """Replace `path` by `data`: entirely old or entirely new, and durable on return."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with replacing(path) as file:
+        file.write(0, data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[BuildFile]:
+    """A file to be written piece by piece, which replaces `path` if nothing was raised, and is gone otherwise."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     with named_errors(path):
         try:
-            with BuildFile(temp, exclusive=True) as file:
-                file.write(0, data)
+            with BuildFile(temp, exclusive=True, mode=mode) as file:
+                yield file
                 file.sync()
             _call("rename", 0, lambda _: os.replace(temp, path))
         finally:
             temp.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def create_private(path: Path) -> None:
+    """Make sure of a file that only its owner can read; an existing one is left as it is and is not even opened, for
+    to close it would end this process's locks on it. A symbolic link is refused."""
+    make_folder(path.parent)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with named_errors(path):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "is a symbolic link")
+        if path.exists():
+            return
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.close(_call("open", 0, lambda _: os.open(path, flags, 0o600)))
         sync_folder(path.parent)
 
 
@@ -129,13 +153,13 @@ class BuildFile:
     Writes go to given offsets. A symbolic link at `path` is refused, so nobody can redirect what we write.
     """
 
-    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+    def __init__(self, path: Path, *, exclusive: bool = False, mode: int = 0o644) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
         self.path = path
         with named_errors(path):
             if exclusive:
                 path.unlink(missing_ok=True)
-            self._descriptor = _call("open", 0, lambda _: os.open(path, flags, 0o644))
+            self._descriptor = _call("open", 0, lambda _: os.open(path, flags, mode))
 
     def write(self, offset: int, data: Buffer) -> None:
         view = memoryview(data).cast("B")
