@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from mixlocal.app.budgets import RunOptions
-    from mixlocal.engine.sampling import SamplingParams
+    from mixlocal.engine.params import SamplingParams
     from mixlocal.store.paths import Home
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,11 +27,15 @@ class Globals:
     color: str
     as_json: bool
     debug: bool
+    config: str | None = None
 
     def folders(self) -> Home:
         from mixlocal.store.paths import home
 
         return home(Path(self.home) if self.home else None)
+
+    def config_file(self) -> Path:
+        return Path(self.config).expanduser() if self.config else self.folders().config_file
 
 
 pass_globals = click.make_pass_decorator(Globals)

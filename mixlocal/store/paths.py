@@ -16,16 +16,48 @@ BUILDING_SUFFIX = ".building"  # of a folder that is not a model yet
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
+_IN_DATA = Path()  # a folder of its own was not named
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
-    """data: models.  cache: downloads and what was learnt of a model's routing, which may be deleted at any time."""
+    """data: models and saved chats.  config: config.toml.  state: what was typed.
+
+    cache: downloads, what was learnt of a model's routing, KV caches of chats; may be deleted at any time.
+    """
 
     data: Path
     cache: Path
+    config: Path = _IN_DATA
+    state: Path = _IN_DATA
+
+    def __post_init__(self) -> None:
+        if self.config == _IN_DATA:
+            object.__setattr__(self, "config", self.data)
+        if self.state == _IN_DATA:
+            object.__setattr__(self, "state", self.data / "state")
 
     @property
     def models(self) -> Path:
         return self.data / "models"
+
+    @property
+    def sessions_db(self) -> Path:
+        return self.data / "sessions.db"
+
+    @property
+    def config_file(self) -> Path:
+        return self.config / "config.toml"
+
+    @property
+    def history(self) -> Path:
+        """What was typed in the chat."""
+        return self.state / "history"
+
+    @property
+    def kv_snapshots(self) -> Path:
+        """The folder with KV caches of saved chats."""
+        return self.cache / "kv"
 
     @property
     def downloads(self) -> Path:
@@ -48,7 +80,10 @@ def home(override: Path | None = None) -> Home:
             raise UsageError(f"{str(root)[:60]}...: too long a path", "choose another folder with --home")
         return Home(data=root, cache=root / "cache")
     folders = platformdirs.PlatformDirs("mixlocal", appauthor=False)
-    return Home(data=folders.user_data_path, cache=folders.user_cache_path)
+    return Home(
+        data=folders.user_data_path, cache=folders.user_cache_path,
+        config=folders.user_config_path, state=folders.user_state_path,
+    )  # fmt: skip
 
 
 def is_plain_name(name: str) -> bool:
