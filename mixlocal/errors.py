@@ -10,6 +10,7 @@ MixlocalError               1   anything below; the only type the command line c
 ├── CorruptError            8   data on disk is damaged
 ├── ContextOverflowError    9   the text does not fit the context
 ├── AccessError            11   the Hub does not give it to us: gated, private, or a bad token
+├── SchemaError            12   the answer ended before it was the JSON that was asked for
 ├── LockedError            13   another process holds the store
 └── PermissionDeniedError  14   read-only, or not ours
 
@@ -76,6 +77,11 @@ class ContextOverflowError(MixlocalError):
 class AccessError(MixlocalError):
     exit_code = 11
     code = "no_access"
+
+
+class SchemaError(MixlocalError):
+    exit_code = 12
+    code = "schema_not_satisfied"
 
 
 class LockedError(MixlocalError):

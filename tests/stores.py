@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixlocal.app.catalog import VARIANTS
+from mixlocal.app.catalog import VARIANTS, Variant
+from mixlocal.app.install import pull
 from mixlocal.app.model_run import open_experts
+from mixlocal.app.progress import Step
 from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint
 from mixlocal.kernels import select
@@ -16,15 +18,30 @@ from mixlocal.model.transformer import Transformer
 from mixlocal.store.durable import make_folder
 from mixlocal.store.manifest import Recipe
 from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home
 from mixlocal.store.strict_json import read_json_object
 
 
-def quantized(checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16") -> ModelStore:
+def quantized(
+    checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16", template: str | None = None
+) -> ModelStore:
     recipe = Recipe(experts=VARIANTS[variant], scale_bits=16, attention=attention)  # type: ignore[arg-type]
     make_folder(out.parent)
-    for _ in quantize_checkpoint(QuantizeJob(checkpoint, StoreJob(out, "tiny", variant, recipe), checkpoint.name)):
+    job = StoreJob(out, "tiny", variant, recipe, template=template)
+    for _ in quantize_checkpoint(QuantizeJob(checkpoint, job, checkpoint.name)):
         pass
     return ModelStore.open(out)
+
+
+def install_smolmix(variant: Variant, folders: Home, **options: bool) -> tuple[ModelStore, list[Step]]:
+    """Pull it if it is not there; and the steps that this took."""
+    steps: list[Step] = []
+    work = pull("smolmix", variant, folders, **options)
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as end:
+            return end.value, steps
 
 
 def load_model(store: ModelStore, config: ModelConfig, top_k: int | None = None) -> Transformer:

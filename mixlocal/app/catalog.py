@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mixlocal.engine.sampling import SamplingParams
+from mixlocal.engine.params import SamplingParams
 from mixlocal.errors import NotFoundError, RefusedError, UsageError
-from mixlocal.quant.format import Kind
-from mixlocal.store.manifest import Recipe
 from mixlocal.store.repo_names import is_repository
+
+if TYPE_CHECKING:  # PyTorch is behind them, and a name can be looked up without
+    from mixlocal.quant.format import Kind
+    from mixlocal.store.manifest import Recipe
 
 DEFAULT_MODEL = "smolmix"
 Variant = Literal["q4", "q8", "bf16"]
@@ -119,6 +121,8 @@ def split_variant(reference: str) -> tuple[str, Variant | None]:
 
 def recipe_for(variant: Variant) -> Recipe:
     """Experts as the variant says, attention in bfloat16."""
+    from mixlocal.store.manifest import Recipe
+
     return Recipe(experts=VARIANTS[variant], scale_bits=16, attention="bf16")
 
 

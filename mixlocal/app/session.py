@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypedDict, Unpack
 
 from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
+from mixlocal.app.encoding import encode_prompt
 from mixlocal.app.installed import find_store
 from mixlocal.app.model_run import ModelRun
 from mixlocal.app.run_stats import Clock, RunStats
@@ -24,7 +25,8 @@ from mixlocal.app.text_stream import StopScanner, TextStream
 from mixlocal.app.tokenizer import Tokenizer
 from mixlocal.app.tokenizers import load_tokenizer
 from mixlocal.engine.generate import Finish, Prefilled, Token, generate
-from mixlocal.engine.sampling import Choice, Constraint, Sampler, SamplingParams
+from mixlocal.engine.params import SamplingParams
+from mixlocal.engine.sampling import Choice, Constraint, Sampler
 from mixlocal.errors import RefusedError
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
@@ -94,12 +96,7 @@ class Session:
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False, prefill: str = "") -> list[int]:
         """Token ids of a conversation in the model's chat format, or of plain text with `raw`."""
-        if raw:
-            text = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
-            bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
-            return bos + self.tokenizer.encode(text + prefill)
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return self.template.encode(messages, self.tokenizer, prefill=prefill)
+        return encode_prompt(prompt, self.template, self.tokenizer, raw=raw, prefill=prefill)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, b"" for a control token or a row of the embedding that is no token."""
@@ -126,7 +123,7 @@ class Session:
         continuation: bool = False,
         constraint: Constraint | None = None,
         cache: KVCache | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """As `stream`, for a prompt that is token ids already. continuation: the answer goes on in the same text.
         cache: of `new_cache`; what it holds of the prompt's beginning is not computed again.
         """

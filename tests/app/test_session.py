@@ -13,7 +13,7 @@ from mixlocal.app.installed import find_store
 from mixlocal.app.session import Chunk, Session
 from mixlocal.app.template import Message
 from mixlocal.engine.generate import Prefilled
-from mixlocal.engine.sampling import SamplingParams
+from mixlocal.engine.params import SamplingParams
 from mixlocal.errors import ContextOverflowError, MemoryBudgetError, NotFoundError, RefusedError, UsageError
 from mixlocal.experts.plan import PREFILL_CHUNK
 from mixlocal.store.paths import home

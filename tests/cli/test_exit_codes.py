@@ -6,12 +6,16 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
+from hub_double import HubDouble
+from hub_faults import Fault
 
 from mixlocal.app import model_run
 from mixlocal.errors import MixlocalError
@@ -32,7 +36,25 @@ def check(result, code: int, says: str) -> None:
 
 def test_codes_are_distinct() -> None:
     codes = [error.exit_code for error in every_error()]
-    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14]
+
+
+def test_0_ok(run) -> None:
+    assert run("prompt", "-m", "tiny", "--raw", "-n", "2", "x").code == 0
+
+
+def test_2_usage(run) -> None:
+    check(run("prompt", "-m", "tiny", "--frobnicate", "x"), 2, "--frobnicate")
+    check(run("rm", "tiny"), 2, "--yes")
+
+
+def test_3_not_found(run) -> None:
+    check(run("prompt", "-m", "nobody", "x"), 3, "no model is called nobody")
+
+
+def test_4_refused(run, tmp_path: Path) -> None:
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", model_type="martian")
+    check(run("-q", "--home", str(tmp_path), "quantize", str(checkpoint)), 4, "martian")
 
 
 def test_5_network(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +99,39 @@ def test_7_memory(run, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     assert run(*command, *few, "--ram", smallest[1]).code == 0
 
 
+def test_8_corrupt(run, home: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(home / "models" / "tiny" / "q4", tmp_path / "broken")
+    with (broken / "experts.bin").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damaged")
+    check(run("prompt", "-m", str(broken), "--raw", "x"), 8, "layer 0 expert 0 is damaged")
+
+
+def test_9_context_overflow(run) -> None:
+    check(run("prompt", "-m", "tiny", "--raw", "--ctx", "8", "123456789"), 9, "9 tokens and the context holds 8")
+
+
+def test_11_no_access(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with HubDouble({"org/m": tiny.write_checkpoint(tmp_path / "m")}) as hub:
+        hub.faults = [Fault("gated_403", times=-1)]
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        result = run("-q", "--home", str(tmp_path), "pull", "org/m")
+    assert (result.code, result.out) == (11, "")
+    assert "its authors ask who you are" in result.err
+
+
+def test_12_not_what_the_schema_says(run) -> None:
+    """What came is printed all the same."""
+    result = run("-q", "prompt", "-m", "tiny", "--raw", "-n", "3", "--json-object", "--prefill", '{"a": "', "x")
+    assert result.code == 12
+    assert result.out.startswith('{"a": "')
+    assert "mixlocal: the answer ended after 3 tokens, before its JSON was complete" in result.err
+    assert len(result.err.splitlines()) == 2
+
+
 def test_13_locked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
     holder = (
@@ -103,6 +158,70 @@ def test_14_no_permission(run, tmp_path: Path) -> None:
     (tmp_path / "models" / "checkpoint" / "q4.building").symlink_to(elsewhere)
     check(run("-q", "--home", str(tmp_path), "quantize", str(checkpoint)), 14, "q4.building")
     assert not list(elsewhere.iterdir())
+
+
+def talking(store: Path, *mode: str) -> subprocess.Popen[bytes]:
+    """The real program, in the middle of an answer."""
+    command = [sys.executable, "-m", "mixlocal", "prompt", *mode]
+    given = ["-m", str(store), "--raw", "-T", "1.5", "-n", "16000", "x"]
+    process = subprocess.Popen(
+        [*command, *given], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+    )
+    assert process.stdout is not None
+    process.stdout.read(300 if mode else 1)  # behind the progress on the prompt
+    return process
+
+
+@pytest.mark.parametrize("mode", [(), ("--stream-json",)])
+def test_141_closed_pipe(endless: Path, mode: tuple[str, ...]) -> None:
+    with talking(endless, *mode) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == b""
+
+
+@pytest.mark.parametrize("mode", ["--json", "--dry-run"])
+def test_141_pipe_that_is_closed_at_the_very_end(home: Path, mode: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mixlocal",
+        "-q",
+        "--home",
+        str(home),
+        "prompt",
+        "-m",
+        "tiny",
+        "-n",
+        "2",
+        mode,
+        "x",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == b""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, b"mixlocal: interrupted"), (signal.SIGTERM, 143, b"")]
+)
+def test_130_and_143_signals_while_answering(endless: Path, number: signal.Signals, code: int, says: bytes) -> None:
+    with talking(endless) as process:
+        start = time.monotonic()
+        process.send_signal(number)
+        out, errors = process.communicate()
+    assert time.monotonic() - start < 1
+    assert process.returncode == code
+    assert out.endswith(b"\n") == (code == 130)
+    assert says in errors
+    assert b"Traceback" not in errors
 
 
 def test_1_unexpected_is_one_line(home: Path) -> None:

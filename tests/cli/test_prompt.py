@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +76,12 @@ def test_prefill_begins_the_answer(run) -> None:
         (("-m", "tiny", "--threads", "0", "x"), b"", 2, "threads"),
         (("-m", "tiny", "--ctx", "100000", "x"), b"", 2, "--ctx"),
         (("-m", "tiny", "--experts-per-token", "9", "x"), b"", 2, "--experts-per-token"),
-        (("-m", "tiny", "--logprobs", "3", "x"), b"", 2, "--logprobs needs --json"),
+        (("-m", "tiny", "--logprobs", "3", "x"), b"", 2, "--logprobs needs --json or --stream-json"),
+        (("-m", "tiny", "--raw", "-s", "Be brief.", "x"), b"", 2, "--raw has no place for a system prompt"),
+        (("-m", "tiny", "-x", "--json", "x"), b"", 2, "leave out --json"),
+        (("-m", "tiny", "-x", "--json-object", "x"), b"", 2, "the answer will be JSON"),
+        (("-m", "tiny", "--no-stream", "--stream-json", "x"), b"", 2, "give one of them"),
+        (("-m", "tiny", "--on-overflow", "drop", "x"), b"", 2, "drop-oldest"),
         (("-m", "tiny", "--no-such-flag", "x"), b"", 2, "--no-such-flag"),
         (("-m", "tiny", "-s", "Be brief.", "x"), b"", 2, "no chat format"),
         (("-m", "tiny:q5", "x"), b"", 2, "no variant 'q5'"),
@@ -158,37 +160,6 @@ def test_errors_as_json(run) -> None:
 def test_more_experts_than_trained_warns(run) -> None:
     result = run("prompt", *GREEDY, "--experts-per-token", "3", "x")
     assert "warning: 3 experts per token" in result.err
-
-
-def talking(store: Path) -> subprocess.Popen[bytes]:
-    """The real program, in the middle of an answer."""
-    command = [sys.executable, "-m", "mixlocal", "prompt", "-m", str(store), "--raw", "-T", "1.5", "-n", "16000", "x"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
-    )
-    assert process.stdout is not None
-    process.stdout.read(1)
-    return process
-
-
-def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
-    with talking(endless) as process:
-        process.stdout.close()
-        errors = process.stderr.read()
-    assert process.returncode == 141
-    assert b"Traceback" not in errors
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_while_answering(endless: Path, number: signal.Signals, code: int) -> None:
-    with talking(endless) as process:
-        start = time.monotonic()
-        process.send_signal(number)
-        errors = process.stderr.read()
-        process.wait()
-    assert time.monotonic() - start < 1
-    assert process.returncode == code
-    assert b"Traceback" not in errors
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:

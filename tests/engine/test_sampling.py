@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from mixlocal.engine.sampling import Sampler, SamplingParams, keep_likely, penalise
+from mixlocal.engine.params import SamplingParams
+from mixlocal.engine.sampling import Sampler, keep_likely, penalise
 from mixlocal.errors import CorruptError, UsageError
 
 LOGITS = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05]).log()

@@ -14,7 +14,7 @@ from stores import quantized
 
 from mixlocal.app import model_run
 from mixlocal.app.session import Session
-from mixlocal.engine.sampling import SamplingParams
+from mixlocal.engine.params import SamplingParams
 from mixlocal.errors import DiskFullError
 from mixlocal.experts.profile import (
     FEWEST_TOKENS,

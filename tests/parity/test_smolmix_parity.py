@@ -12,16 +12,14 @@ import sys
 
 import pytest
 import torch
-from stores import open_model
+from stores import install_smolmix, open_model
 
 from mixlocal.app.catalog import read_catalog, sampling_defaults
-from mixlocal.app.install import pull
-from mixlocal.app.progress import Progress
 from mixlocal.app.session import Session
-from mixlocal.engine.sampling import SamplingParams
+from mixlocal.engine.params import SamplingParams
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
-from mixlocal.store.paths import Home, home
+from mixlocal.store.paths import Home
 
 TEXT = (
     "The harbour was quiet before dawn. A woman in a grey coat walked along the wall and counted the boats, as she "
@@ -32,24 +30,14 @@ TEXT = (
 )
 
 
-def install(variant: str, folders: Home, **options: bool) -> tuple[ModelStore, list[Progress]]:
-    steps: list[Progress] = []
-    work = pull("smolmix", variant, folders, **options)  # type: ignore[arg-type]
-    while True:
-        try:
-            steps.append(next(work))
-        except StopIteration as end:
-            return end.value, steps
+@pytest.fixture(scope="module")
+def folders(smolmix_folders: Home) -> Home:
+    return smolmix_folders
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return home(tmp_path_factory.mktemp("smolmix"))
-
-
-@pytest.fixture(scope="module")
-def reference(folders: Home) -> ModelStore:
-    return install("bf16", folders, keep_source=True)[0]
+def reference(smolmix_reference: ModelStore) -> ModelStore:
+    return smolmix_reference
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +78,7 @@ def test_quantized_variants_stay_near(
     variant: str, divergence: float, loss: float, folders: Home, exact: torch.Tensor
 ) -> None:
     """Mean KL divergence, and the growth of log perplexity; the full text gives 0.001 and 0.10, 0.001 and 0.095."""
-    store, _ = install(variant, folders)
+    store, _ = install_smolmix(variant, folders)
     found, ids = logprobs(store), token_ids(store)
     kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
     assert 0 < kl < divergence
@@ -100,7 +88,7 @@ def test_quantized_variants_stay_near(
 
 def test_the_answer_is_the_same_at_every_budget_and_memory_stays_within_it(folders: Home) -> None:
     """Peak memory of the whole process within --ram plus 5 %; a tenth to all of the experts fit."""
-    install("q4", folders)
+    install_smolmix("q4", folders)
     answers, reads = set(), []
     for budget in (500, 600, 700, 800, 3000):
         command = [sys.executable, "-m", "mixlocal", "--home", str(folders.models.parent), "prompt", "--json"]
@@ -118,7 +106,7 @@ def test_the_answer_is_the_same_at_every_budget_and_memory_stays_within_it(folde
 
 def test_a_second_pull_does_nothing(folders: Home, reference: ModelStore) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference.folder.iterdir()}
-    store, steps = install("bf16", folders)
+    store, steps = install_smolmix("bf16", folders)
     assert steps == []
     assert {path: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
 

@@ -11,7 +11,8 @@ import torch
 from stores import open_model, quantized
 
 from mixlocal.engine.generate import Token, generate
-from mixlocal.engine.sampling import Sampler, SamplingParams
+from mixlocal.engine.params import SamplingParams
+from mixlocal.engine.sampling import Sampler
 from mixlocal.model.kv_cache import KVCache
 
 POSITIONS = 64
