@@ -11,7 +11,7 @@ from mixlocal.app.tokenizer import Tokenizer
 def encode_prompt(
     prompt: str | Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer, *, raw: bool, prefill: str
 ) -> list[int]:
-    """Token ids of a conversation in the model's chat format, or of plain text with `raw`. prefill: begins the answer."""
+    """Token ids of a conversation in the model's chat format, or of plain text with `raw`. prefill: of the answer."""
     if raw:
         text = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
         bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
