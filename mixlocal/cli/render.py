@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, TextIO, TypeVar
+
+from mixlocal.cli.safe_text import safe_text as safe_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,23 +24,10 @@ Result = TypeVar("Result")
 PLAIN_PROGRESS_SECONDS = 10.0
 UNWRAPPED_WIDTH = 1000
 WHAT_WIDTH = 20
-_KEPT = {"\n", "\t", "\u200d"}  # the joiner holds emoji together
 _STAGES = {
     "download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying",
     "measure": "measuring this machine",
 }  # fmt: skip
-
-
-def safe_text(text: str) -> str:
-    """`text` with every control, bidirectional and invisible format character made visible."""
-    return "".join(
-        c if c in _KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else _visible(c) for c in text
-    )
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    return f"^{chr(code ^ 64)}" if code < 32 or code == 127 else f"<U+{code:04X}>"
 
 
 def console(options: Globals, stream: TextIO) -> Console:
