@@ -23,11 +23,17 @@ from mixlocal.store.strict_json import read_json_object
 
 
 def quantized(
-    checkpoint: Path, out: Path, variant: str = "q4", attention: str = "bf16", template: str | None = None
+    checkpoint: Path,
+    out: Path,
+    variant: str = "q4",
+    attention: str = "bf16",
+    *,
+    name: str = "tiny",
+    template: str | None = None,
 ) -> ModelStore:
     recipe = Recipe(experts=VARIANTS[variant], scale_bits=16, attention=attention)  # type: ignore[arg-type]
     make_folder(out.parent)
-    job = StoreJob(out, "tiny", variant, recipe, template=template)
+    job = StoreJob(out, name, variant, recipe, template=template)
     for _ in quantize_checkpoint(QuantizeJob(checkpoint, job, checkpoint.name)):
         pass
     return ModelStore.open(out)

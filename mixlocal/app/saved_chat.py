@@ -47,9 +47,9 @@ class SavedChat:
         return self.head.name if self.head else self._wanted or ""
 
     def begin(self, name: str | None = None) -> None:
-        """What comes next is another chat, called `name`. Raises `UsageError` if there is one of that name."""
-        if name is not None and any(check_chat_name(name) == saved.name for saved in self.db.list()):
-            raise UsageError(f"there is a chat called {name!r} already", f"to go on with it: /load {name}")
+        """What comes next is another chat, called `name`. Raises `UsageError` if that cannot be."""
+        if name is not None:
+            name = free_name(self.db, name)
         self.head, self._wanted = None, name
 
     def load(self, head: SavedSession) -> list[Turn]:
@@ -97,6 +97,14 @@ class SavedChat:
             return
         save_snapshot(snapshot_path(self._snapshots, self.head.id), chat.cache, snapshot_identity(chat.session))
         prune_snapshots(self._snapshots, SNAPSHOT_BYTES)
+
+
+def free_name(db: SessionDb, name: str) -> str:
+    """`name` as it is kept. Raises `UsageError` if it cannot be a chat's, or is one's already."""
+    name = check_chat_name(name)
+    if any(name == saved.name for saved in db.list()):
+        raise UsageError(f"there is a chat called {name!r} already", f"to go on with it: /load {name}")
+    return name
 
 
 def saved_params(head: SavedSession, defaults: SamplingParams) -> SamplingParams:

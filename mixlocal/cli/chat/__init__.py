@@ -92,15 +92,22 @@ def _start(options: Globals, given: dict[str, Any]) -> Start:
 
 
 def _wanted(db: SessionDb, given: dict[str, Any]) -> SavedSession | None:
-    """The saved chat to go on with."""
+    """The saved chat to go on with. Raises `UsageError` for a name that cannot be, before a model is loaded."""
+    from mixlocal.app.saved_chat import free_name
+    from mixlocal.store.session_names import check_chat_name
+
     if given["latest"]:
         latest = db.latest()
         if latest is None:
             raise UsageError("there is no chat to go on with yet", "begin one: mixlocal chat")
         return latest
-    if given["session"] and not given["new"]:
-        return next((saved for saved in db.list() if saved.name == given["session"]), None)
-    return None
+    if not given["session"]:
+        return None
+    if given["new"]:
+        free_name(db, given["session"])
+        return None
+    name = check_chat_name(given["session"])
+    return next((saved for saved in db.list() if saved.name == name), None)
 
 
 def _begin(repl: Repl, head: SavedSession | None, given: dict[str, Any]) -> None:

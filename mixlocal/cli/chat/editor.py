@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ from mixlocal.cli.prompt_input import decode_text
 
 PROMPT = "> "
 NEXT_LINE = "  "
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Reader(Protocol):
@@ -61,8 +64,37 @@ class Editor:
         )
 
     def read(self, draft: str = "") -> str:
-        with restored():
-            return self._session.prompt(PROMPT, default=draft).replace("\r\n", "\n").replace("\r", "\n")
+        former = {number: signal.getsignal(number) for number in _ENDS}
+        try:
+            with restored():
+                text = self._session.prompt(PROMPT, default=draft, pre_run=self._listen)
+        except _EndedError as end:
+            handler = former[end.number]
+            if not callable(handler):
+                raise KeyboardInterrupt from end
+            handler(end.number, None)
+            raise EOFError from end
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _listen(self) -> None:
+        """Let the event loop hear of the end: an exception of a signal's handler would tear it apart."""
+        loop = asyncio.get_running_loop()
+        for number in _ENDS:
+            loop.add_signal_handler(number, self._end, number)
+
+    def _end(self, number: signal.Signals) -> None:
+        self._session.app.exit(exception=_EndedError(number))
+
+
+class _EndedError(BaseException):
+    """A signal that ends the program arrived."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class _Words(Completer):

@@ -21,6 +21,10 @@ class Interrupts:
         self._heard = self._raises = False
         self._raised = -PAUSE_SECONDS
 
+    def forget(self) -> None:
+        """What was remembered is over."""
+        self._heard = False
+
     @contextmanager
     def raising(self, wanted: bool) -> Iterator[None]:
         """Whether the signal raises in the block."""
@@ -32,8 +36,7 @@ class Interrupts:
 
     def steps(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; computing one may be interrupted, what is done with it may not. Raises KeyboardInterrupt
-        instead of the one that would come after the signal."""
-        self._heard = False
+        instead of the one that would come after a signal, which may have come before the first."""
         while True:
             try:
                 with self.raising(True):

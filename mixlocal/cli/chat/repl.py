@@ -54,6 +54,7 @@ class Repl:
         try:
             with self._interrupts.raising(True):
                 line = self._read()
+                self._interrupts.forget()
                 self._warned = False
                 self._do(line)
         except (EOFError, Leave):
@@ -148,9 +149,11 @@ class Repl:
         self._tell_resumed(turns, why)
 
     def _tell_resumed(self, turns: list[Turn], why: str) -> None:
+        from mixlocal.app.saved_chat import LEAST_TOKENS
+
         tokens = self.chat.count_tokens()
-        how = f"to be read again with your next message: {why}" if why else "its KV cache is back"
-        say(self.options, f"{self.saved.name}: {len(turns)} turns, {tokens} tokens, {how}")
+        how = f", to be read again with your next message: {why}" if why else ", its KV cache is back"
+        say(self.options, f"{self.saved.name}: {len(turns)} turns, {tokens} tokens{how * (tokens > LEAST_TOKENS)}")
         for turn in turns[-2:]:
             if turn.role == "user":
                 self.tell("> " + turn.content.replace("\n", "\n  "))
