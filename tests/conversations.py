@@ -12,6 +12,23 @@ SMOLLM2 = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MIXTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% endif %}{% endfor %}"
+)
+ALPACA = (  # answers with plain text on either side
+    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response:\n"
+    "{% elif m.role == 'assistant' %}{{ m.content }}\n\n{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{{ '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CONTENTS = [
     "Hello", " leading", "trailing ", "  both  ", "\nnewline\n", "", " ", "What is 2+2?", "naïve café 😀 漢字",
     "a\tb\n\n  c",

@@ -7,57 +7,37 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from collections.abc import Iterator, Sequence
 
 from mixlocal.app.template import (
     MAX_TEMPLATE_BYTES,
+    SYSTEM_NOTE,
     Message,
     Part,
     check_answerable,
     encode_parts,
+    merge_system,
     split_system,
 )
+from mixlocal.app.template_fit import fit
+from mixlocal.app.template_sandbox import Sandbox
 from mixlocal.app.tokenizer import Tokenizer
+from mixlocal.app.vocabulary import check_text
 from mixlocal.errors import RefusedError, UsageError
 
-MAX_RENDERED_CHARS = 16 << 20
-
-
-class _TemplateSaysNoError(TemplateError):
-    """`raise_exception` was called: the template does not take this conversation."""
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise _TemplateSaysNoError(str(message))
-
-
-# What compiling and running a template can raise besides TemplateError; SyntaxError and MemoryError come from Python's
-# compiler when blocks are nested too deeply.
-_TEMPLATE_FAULTS = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+# What a template may write, in characters: the contents a few times over, and text of its own.
+_OWN_CHARS, _CHARS_PER_MESSAGE, _TIMES = 256 << 10, 1 << 10, 4
 
 
 class JinjaTemplate:
-    """The template string that a model's repository carries, run in jinja2's immutable sandbox.
+    """The template string that a model's repository carries, run in a process of its own (`Sandbox`).
 
     The template is as trusted as the model, but contents are not. It is rendered twice: with the real contents, and
     with an unguessable marker in place of each content, which tells the template's own text (where control tokens are
     read) from the contents. Marker rendering and real contents must fit together to exactly the real rendering;
     contents may only have been stripped at their ends, or (an assistant's) cut after "</think>". A template that does
-    more, or decides by what a content says, is refused. Memory and time are not limited here, only sizes are.
+    more, or decides by what a content says, is refused. One that takes no system message, or leaves it out, gets its
+    text before the first user's.
     """
 
     def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", origin: str = "chat template") -> None:
@@ -66,14 +46,12 @@ class JinjaTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
             raise RefusedError(f"{origin} is larger than {MAX_TEMPLATE_BYTES} bytes")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            self._template = environment.from_string(source)
-        except _TEMPLATE_FAULTS as error:
-            raise self._refusal(error) from error
+        self._sandbox = Sandbox(source, origin)
+        self._sandbox.compile()
+
+    def close(self) -> None:
+        """End the template's process, as dropping the template does; the next use starts another."""
+        self._sandbox.close()
 
     def encode(
         self,
@@ -84,90 +62,60 @@ class JinjaTemplate:
         prefill: str = "",
     ) -> list[int]:
         check_answerable(split_system(messages)[1], add_generation_prompt, prefill)
-        parts = [*self._parts(messages, add_generation_prompt), Part(prefill)]
-        return encode_parts(parts, tokenizer)
+        parts, _ = self._draw(messages, add_generation_prompt)
+        return encode_parts([*parts, Part(prefill)], tokenizer)
 
-    def _parts(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Part]:
-        real = self._render([message.content for message in messages], messages, add_generation_prompt)
-        markers = {f"{secrets.token_hex(16)}x{n}x": message for n, message in enumerate(messages)}
-        # Nothing can be smuggled in white space, and templates ask whether a content is empty.
-        shown = [m.content if not m.content.strip() else mark for mark, m in markers.items()]
-        marked = self._render(shown, messages, add_generation_prompt)
-        pieces = re.split("(" + "|".join(markers) + ")", marked)
-        parts = _fit(real, [markers.get(piece, piece) for piece in pieces])
-        if parts is None:
-            hint = "Choose one of the built-in templates instead."
-            raise RefusedError(f"{self._origin} changes what a message says, so it cannot be used safely", hint)
-        return parts
+    def system_note(self, messages: Sequence[Message]) -> str | None:
+        if not split_system(messages)[0].strip():
+            return None
+        return SYSTEM_NOTE if self._draw(messages, messages[-1].role == "user")[1] else None
 
-    def _render(self, contents: Sequence[str], messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [{"role": m.role, "content": content} for m, content in zip(messages, contents, strict=True)]
-        values = {**self._tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        pieces: list[str] = []
-        length = 0
+    def _draw(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[list[Part], bool]:
+        """The rendering, and whether the system text had to go before the first user's."""
         try:
-            for piece in self._template.generate(messages=turns, **values):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_RENDERED_CHARS:
-                    raise RefusedError(f"{self._origin} writes more than {MAX_RENDERED_CHARS} characters")
-        except _TemplateSaysNoError as error:
-            raise UsageError(f"{self._origin} does not take this conversation: {_one_line(error)}") from error
-        except _TEMPLATE_FAULTS as error:
-            raise self._refusal(error) from error
-        return "".join(pieces)
+            parts, shows_system = self._render(messages, add_generation_prompt)
+            if shows_system:
+                return parts, False
+        except UsageError:
+            if messages[0].role != "system":
+                raise
+        parts, _ = self._render(merge_system(messages), add_generation_prompt)
+        return parts, True
 
-    def _refusal(self, error: BaseException) -> RefusedError:
-        return RefusedError(f"{self._origin} cannot be used: {type(error).__name__}: {_one_line(error)}")
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[list[Part], bool]:
+        """The rendering, and whether every system text is in it."""
+        markers = {f"{secrets.token_hex(16)}x{n}x": message for n, message in enumerate(messages)}
+        shown = [[message.content for message in messages], *_masks(markers)]
+        real, *marked = self._run(messages, shown, add_generation_prompt)
+        for text in marked:
+            pieces = [markers.get(piece, piece) for piece in re.split("(" + "|".join(markers) + ")", text)]
+            parts = fit(real, pieces)
+            if parts is not None:
+                return parts, all(m in pieces for m in messages if m.role == "system" and m.content.strip())
+        hint = "Choose one of the built-in templates instead."
+        raise RefusedError(f"{self._origin} changes what a message says, so it cannot be used safely", hint)
+
+    def _run(
+        self, messages: Sequence[Message], shown: Sequence[Sequence[str]], add_generation_prompt: bool
+    ) -> list[str]:
+        """Each of `shown` is what the messages say in one rendering."""
+        for message in messages:
+            check_text(message.content)
+        turns = [
+            [{"role": m.role, "content": text} for m, text in zip(messages, contents, strict=True)]
+            for contents in shown
+        ]
+        values = {**self._tokens, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        size = sum([len(text) for contents in shown for text in contents])
+        return self._sandbox.render(turns, values, _OWN_CHARS + _CHARS_PER_MESSAGE * len(messages) + _TIMES * size)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _masks(markers: dict[str, Message]) -> Iterator[list[str]]:
+    """What to show in place of the contents, to be tried in turn.
 
-
-_STRIPS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    str.strip,
-    str.lstrip,
-    str.rstrip,
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-)
-
-
-def _variants(message: Message) -> list[str]:
-    """What a template may make of a content, unchanged first."""
-    bases = [message.content]
-    if message.role == "assistant" and "</think>" in message.content:
-        bases.append(message.content.rpartition("</think>")[2])
-    return list(dict.fromkeys(strip(base) for base in bases for strip in _STRIPS))
-
-
-def _fit(real: str, pieces: Sequence[str | Message]) -> list[Part] | None:
-    """The parts that concatenate to `real`: each string piece as it is, each message in one of its variants.
-
-    Where several choices fit, the first variant of the earliest message wins. None when nothing fits.
+    Nothing can be smuggled in white space, and templates ask whether a content is empty: it stays. But where the ids of
+    an answer without words are to be put in its place, the place must be found.
     """
-    options = [[p] if isinstance(p, str) else _variants(p) for p in pieces]
-    begins = [{0}]  # per piece, the positions in `real` where it can begin, from the left ...
-    for texts in options:
-        begins.append({at + len(text) for at in begins[-1] for text in texts if real.startswith(text, at)})
-    begins[-1] &= {len(real)}
-    for n, texts in reversed(list(enumerate(options))):  # ... and from the right
-        ends = begins[n + 1]
-        begins[n] = {at for at in begins[n] for text in texts if real.startswith(text, at) and at + len(text) in ends}
-    if not begins[0]:
-        return None
-    return list(_choose(real, pieces, options, begins))
-
-
-def _choose(
-    real: str, pieces: Sequence[str | Message], options: Sequence[list[str]], begins: Sequence[set[int]]
-) -> Iterator[Part]:
-    """Walk from the left, taking at each piece the first variant from which the end can be reached."""
-    at = 0
-    for n, texts in enumerate(options):
-        text = next(text for text in texts if real.startswith(text, at) and at + len(text) in begins[n + 1])
-        yield Part(text, isinstance(pieces[n], str))
-        at += len(text)
+    if any(m.ids and not m.content.strip() for m in markers.values()):
+        yield [mark if m.ids or m.content.strip() else m.content for mark, m in markers.items()]
+    yield [mark if m.content.strip() else m.content for mark, m in markers.items()]

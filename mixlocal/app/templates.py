@@ -10,6 +10,7 @@ from types import MappingProxyType
 import msgspec
 
 from mixlocal.app.template import MAX_TEMPLATE_BYTES, ChatML, ChatTemplate, MistralV1, PlainTemplate
+from mixlocal.app.template_jinja import JinjaTemplate
 from mixlocal.app.tokenizer_files import TokenText, is_there, read_bytes, read_json_if_there, token_text
 from mixlocal.errors import CorruptError, RefusedError, UsageError
 
@@ -56,9 +57,6 @@ def load_template(folder: Path, name: str | None) -> ChatTemplate:
     own = _read_own(folder)
     if own is None:
         return TEMPLATES["plain"]
-    # Imported here: jinja2 takes nearly a tenth of a second to load, and the built-in templates do without.
-    from mixlocal.app.template_jinja import JinjaTemplate
-
     return JinjaTemplate(own.source, bos_token=own.bos_token, eos_token=own.eos_token, origin=str(own.origin))
 
 
