@@ -166,7 +166,8 @@ class _Asked:
     def __call__(self, flag: str) -> bool:
         options = self.context.obj if self.context else None
         settled = isinstance(options, Globals) and {"debug": options.debug, "json": options.as_json}[flag]
-        return f"--{flag}" in self._arguments or settled
+        spellings = {"debug": {"--debug"}, "json": {"--json", "--stream-json"}}[flag]
+        return not spellings.isdisjoint(self._arguments) or settled
 
 
 class _TerminatedError(BaseException):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from mixlocal.cli.options import Globals, settle
-from mixlocal.cli.render import print_error, show_progress, warn
+from mixlocal.cli.render import print_error, safe_text, show_progress, warn
 from mixlocal.errors import MixlocalError, NotFoundError
 
 if TYPE_CHECKING:
     from mixlocal.app.budgets import RunOptions
     from mixlocal.app.session import Session
     from mixlocal.store.paths import Home
+
+
+WIPED = "\r\x1b[K"  # the line that the cursor is in
 
 
 @contextmanager
@@ -33,18 +37,38 @@ def interrupts_end_it() -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
 
 
+@contextmanager
+def _told(options: Globals, what: str) -> Iterator[None]:
+    """A line on a terminal for as long as the block takes."""
+    if options.quiet or not _wipes():
+        yield
+        return
+    print(safe_text(what), end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(WIPED, end="", file=sys.stderr, flush=True)
+
+
+def _wipes() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _end(number: int, frame: FrameType | None) -> NoReturn:
+    if _wipes():
+        print(WIPED, end="", file=sys.stderr)
     print_error("interrupted", "", as_json=False)
     os._exit(130)
 
 
 def open_session(options: Globals, model: str, run: RunOptions, folders: Home) -> Session:
     """Load a model, and tell what its user should hear; smolmix is fetched and built at its first use."""
-    from mixlocal.app.session import Session
-
     install_default(options, model, folders)
-    session = Session.load(model, run, folders)
-    settle()
+    with _told(options, f"loading {model}"):
+        from mixlocal.app.session import Session
+
+        session = Session.load(model, run, folders)
+        settle()
     for warning in session.warnings:
         warn(options, warning)
     return session

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
 
 from mixlocal.cli.options import Globals
 from mixlocal.cli.render import say
@@ -44,6 +48,21 @@ def named(name: str, text: str) -> str:
     longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{safe_text(name)}:\n{fence}\n{text.removesuffix(chr(10))}\n{fence}"
+
+
+def read_system(given: dict[str, Any]) -> str:
+    """The text of --system or --system-file; of both, the one on the command line, for the other was set before.
+
+    Raises `UsageError` if both are, and as `read_file`.
+    """
+    text, file = given["system"], given["system_file"]
+    if text and file:
+        origin = click.get_current_context().get_parameter_source
+        typed = [origin(name) is ParameterSource.COMMANDLINE for name in ("system", "system_file")]
+        if typed[0] == typed[1]:
+            raise UsageError("--system and --system-file: give one of them")
+        text, file = (text, None) if typed[0] else (None, file)
+    return read_file(file) if file else text or ""
 
 
 def attach(name: str) -> str:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixlocal.cli.options import Globals, sampling_params
-from mixlocal.cli.prompt_input import Source, join, read_file, read_file_bytes, read_piped, render_all, total
+from mixlocal.cli.prompt_input import (
+    Source,
+    join,
+    read_file,
+    read_file_bytes,
+    read_piped,
+    read_system,
+    render_all,
+    total,
+)
 from mixlocal.errors import ContextOverflowError, UsageError
 
 if TYPE_CHECKING:
@@ -100,7 +109,7 @@ def read_request(options: Globals, words: tuple[str, ...], given: dict[str, Any]
     """Raises `UsageError` for what makes no sense or is no text, and what reading files may raise."""
     _check(options, given)
     form = _read_form(given)
-    system = read_file(given["system_file"]) if given["system_file"] else given["system"] or ""
+    system = read_system(given)
     sources = [Source(read_file(name), "" if given["raw"] else name) for name in given["files"]]
     piped = read_piped(options)
     text = " ".join(words)
@@ -122,7 +131,6 @@ def _check(options: Globals, given: dict[str, Any]) -> None:
     constrained = given["schema"] is not None or given["json_object"]
     clashes = [
         (given["logprobs"] and not as_json, "--logprobs needs --json or --stream-json"),
-        (given["system"] and given["system_file"], "--system and --system-file: give one of them"),
         (given["raw"] and (given["system"] or given["system_file"]), "--raw has no place for a system prompt"),
         (given["schema"] is not None and given["json_object"], "--schema and --json-object: give one of them"),
         (given["extract"] and as_json, "--extract prints code: leave out --json and --stream-json"),

@@ -46,7 +46,7 @@ class PartFile:
         self._synced = self._asked = 0  # bytes that are on the disk; that are, or are being synced
         self._syncing: Future[None] | None = None
         self._syncer = ThreadPoolExecutor(1)
-        self._file = BuildFile(self.path)
+        self._file, self._wrong = BuildFile(self.path), list[BuildFile]()
         self._file.truncate(self.landed)
         self._write_note()
 
@@ -92,7 +92,7 @@ class PartFile:
         self._await_sync()
         bad = self.path.with_name(f"{self.file.path}.bad-{value[:12]}")
         move_file(self.path, bad)
-        self._file.close()
+        self._wrong.append(self._file)  # somebody may be reading it: a closed number could be another file's by then
         self._file = BuildFile(self.path)
         self.landed = self._synced = self._asked = 0
         self.etag = None
@@ -123,7 +123,8 @@ class PartFile:
 
     def close(self) -> None:
         self._syncer.shutdown()
-        self._file.close()
+        for file in (self._file, *self._wrong):
+            file.close()
 
     def _kept(self) -> int:
         """Bytes of an earlier run that can be gone on from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,20 @@ def test_wrong_bytes_are_put_aside_under_their_hash(tmp_path: Path) -> None:
     part.append(DATA)
     assert part.rehash().value == FILE.digest.value
     part.close()
+
+
+def test_who_reads_while_bytes_are_put_aside_reads_no_other_file(tmp_path: Path) -> None:
+    """The number of the open file stays its own until the end."""
+    part = begun(tmp_path, 1000)
+    number = part._file.fileno()
+    part.quarantine("f" * 64)
+    other = os.open(tmp_path, os.O_RDONLY)
+    assert other != number
+    assert os.pread(number, 1000, 0) == DATA[:1000]
+    part.close()
+    os.close(other)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
 
 
 def test_reading_beyond_what_has_landed_is_an_error(tmp_path: Path) -> None:

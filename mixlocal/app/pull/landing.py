@@ -158,8 +158,11 @@ class Landings:
 
     def _header_landed(self, landing: Landing) -> bool:
         if not landing.header_seen and landing.work.landed >= len(landing.shard.header):
+            try:
+                landing.doubt = not self._header_is_right(landing)
+            except CorruptError:  # it was begun again meanwhile, and we shall hear of that
+                return False
             landing.header_seen = True
-            landing.doubt = not self._header_is_right(landing)
         return landing.header_seen and not landing.doubt
 
     def _start(self, found: tuple[Landing, int], reader: ThreadPoolExecutor, buffer: torch.Tensor) -> _Read:

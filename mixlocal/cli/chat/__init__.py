@@ -74,15 +74,13 @@ def _talk(repl: Repl, head: SavedSession | None, given: dict[str, Any]) -> None:
 
 def _start(options: Globals, given: dict[str, Any]) -> Start:
     from mixlocal.cli.chat.start import Start
-    from mixlocal.cli.prompt_input import attach, read_file
+    from mixlocal.cli.prompt_input import attach, read_system
     from mixlocal.engine.params import SamplingParams
 
-    if given["system"] and given["system_file"]:
-        raise UsageError("--system and --system-file are one too many")
     if given["latest"] and (given["session"] or given["new"]):
         raise UsageError("--continue goes on with the last chat: --session and --new say otherwise")
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop")
-    system = read_file(given["system_file"]) if given["system_file"] else given["system"] or ""
+    system = read_system(given)
     start = Start(
         options.folders(), given["model"], run_options(given), system, {name: given[name] for name in names},
         given["on_overflow"], tuple(map(attach, given["files"])), given["stats"], given["history"],

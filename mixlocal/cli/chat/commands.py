@@ -206,13 +206,13 @@ _ALL = (
     Slash("undo", "", "take the last message and its answer back", _undo),
     Slash("edit", "[TEXT]", "change the last message and answer it", _edit),
     Slash("continue", "", "go on with the last answer", _continue),
-    Slash("file", "PATH", "send a file's text with the next message", _file, _paths),
+    Slash("file", "PATH", "send a file's text with the next message", _file, _paths, waits=True),
     *SAVED,
-    Slash("copy", "", "the last answer to the clipboard", _copy),
+    Slash("copy", "", "the last answer to the clipboard", _copy, waits=True),
     Slash("stats", "", "what the last answer took", _stats),
     Slash("experts", "", "which experts were chosen lately", _experts),
     Slash("ctx", "", "how full the context is", _ctx),
-    Slash("model", "[MODEL]", "go on with another model", _model, _models),
+    Slash("model", "[MODEL]", "go on with another model", _model, _models, waits=True),
     Slash("quit", "", "end the chat", _quit),
 )
 COMMANDS = {command.name: command for command in _ALL}

@@ -76,6 +76,6 @@ SAVED = (
     Slash("new", "[NAME]", "begin anew as the command line said", _new),
     Slash("save", "NAME", "give this chat a name", _save),
     Slash("load", "NAME", "go on with another chat", _load, _names),
-    Slash("sessions", "[WORDS]", "the saved chats, or those with these words", _sessions),
+    Slash("sessions", "[WORDS]", "the saved chats, or those with these words", _sessions, waits=True),
     Slash("export", "[FILE]", "this chat as Markdown, or JSON in a file that ends so", _export, _paths),
 )

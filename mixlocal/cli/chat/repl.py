@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from mixlocal.cli.chat.commands import COMMANDS
 from mixlocal.cli.chat.editor import Editor, Lines, Reader
 from mixlocal.cli.chat.interrupts import Interrupts
 from mixlocal.cli.chat.screen import Screen
-from mixlocal.cli.chat.slash import Leave, find, message, parse
+from mixlocal.cli.chat.slash import Leave, Slash, find, message, parse
 from mixlocal.cli.chat.start import Start
 from mixlocal.cli.loading import close_session, open_session
 from mixlocal.cli.options import Globals
@@ -40,7 +41,7 @@ class Repl:
         self.screen = Screen(options, self._interrupts, start.stats)
         self.draft, self.replaces = "", False
         self.files: list[str] = list(start.files)
-        self._reader: Reader = self._editor() if sys.stdin.isatty() and sys.stdout.isatty() else Lines()
+        self._reader: Reader = self._editor() if sys.stdin.isatty() and sys.stdout.isatty() else Lines(self._interrupts)
         self._warned = False
 
     def run(self) -> None:
@@ -52,11 +53,10 @@ class Repl:
     def _turn(self) -> bool:
         """One line and what it asks for; False at the end."""
         try:
-            with self._interrupts.raising(True):
-                line = self._read()
-                self._interrupts.forget()
-                self._warned = False
-                self._do(line)
+            self._interrupts.forget()
+            line = self._read()
+            self._warned = False
+            self._do(line)
         except (EOFError, Leave):
             return False
         except MixlocalError as error:
@@ -79,9 +79,13 @@ class Repl:
     def _do(self, line: str) -> None:
         command = parse(line)
         if command is not None:
-            find(COMMANDS, command[0]).run(self, command[1])
+            self._run(find(COMMANDS, command[0]), command[1])
         elif line.strip() or self.files:
             self._say(message(line))
+
+    def _run(self, command: Slash, argument: str) -> None:
+        with self._interrupts.raising() if command.waits else nullcontext():
+            command.run(self, argument)
 
     def _say(self, text: str) -> None:
         """What is typed goes to the model, behind the files it is about."""
@@ -202,4 +206,4 @@ class Repl:
         return command.complete(self, argument) if command.complete else []
 
     def _editor(self) -> Editor:
-        return Editor(self.start.history_file(), self.completions, self.status)
+        return Editor(self._interrupts, self.start.history_file(), self.completions, self.status)

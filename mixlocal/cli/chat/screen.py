@@ -53,7 +53,7 @@ class Screen:
     def show(self, chat: Chat, answer: Answer) -> None:
         """Print it to its end or to Ctrl-C, then the figures."""
         interrupted = False
-        with self._interrupts.raising(False), silent_keys():
+        with silent_keys():
             with answer:
                 try:
                     self._print(answer)
@@ -93,7 +93,7 @@ class Screen:
 
     def _tell_end(self, chat: Chat, answer: Answer, interrupted: bool) -> None:
         if interrupted:
-            say(self.options, f"interrupted after {answer.count} tokens; /continue goes on")
+            say(self.options, _interrupted(answer))
         elif answer.finish == "length":
             full = chat.cache.length + 1 >= chat.cache.limit
             why = "the context is full" if full else f"max-tokens ({answer.params.max_tokens}) reached"
@@ -110,3 +110,9 @@ class Screen:
 
             return MarkdownStream(console(self.options, sys.stdout))
         return _Plain(safe=sys.stdout.isatty())
+
+
+def _interrupted(answer: Answer) -> str:
+    if answer.count:
+        return f"interrupted after {answer.count} tokens; /continue goes on"
+    return "interrupted before the answer began; /continue begins it, /undo takes the message back"

@@ -19,13 +19,15 @@ class Leave(Exception):  # noqa: N818 - not an error
 
 @dataclass(frozen=True, slots=True)
 class Slash:
-    """One command. arguments: as /help shows them. complete: what its argument may be, given what is typed of it."""
+    """One command. arguments: as /help shows them. complete: what its argument may be, given what is typed of it.
+    waits: it may take long, and can be left at any line by Ctrl-C."""
 
     name: str
     arguments: str
     help: str
     run: Callable[[Repl, str], None]
     complete: Callable[[Repl, str], Iterable[str]] | None = None
+    waits: bool = False
 
 
 def parse(line: str) -> tuple[str, str] | None:
