@@ -52,6 +52,7 @@ class Chat:
         self.cache = session.new_cache()
         self.stats: RunStats | None = None  # of the last answer
         self._noted: set[str] = set()
+        self._recorded = len(turns)  # of the turns, those that are in the record
 
     @property
     def turns(self) -> list[Turn]:
@@ -81,13 +82,13 @@ class Chat:
         """Take the last message and its answer back; returns the message."""
         at = self._last_question()
         question = self.turns[at]
-        self._truncate(at)
+        self._truncate(at, at)
         return question
 
     def clear(self, system: str | None = None, turns: Sequence[Turn] = ()) -> None:
         """Another conversation, with the same system text if none is given; the record is the caller's to change."""
         self.conversation = Conversation(self.conversation.system if system is None else system, list(turns))
-        self.stats = None
+        self.stats, self._recorded = None, len(turns)
 
     def use(self, session: Session) -> None:
         """Go on with another model, to which the tokens of the former mean nothing."""
@@ -136,22 +137,32 @@ class Chat:
         return notices
 
     def _keep_question(self, turns: list[Turn]) -> None:
-        """Record the message that is asked, if it is a new one."""
+        """Record the message that is asked, if it is a new one. Whatever this raises, nothing has been said then."""
         at = len(turns) - 1
         if at < len(self.turns) and self.turns[at] is turns[at]:
             return
-        self._truncate(at)
+        self.write(at, turns[at])
+        if at < len(self.turns):
+            self._truncate(at, at + 1)
         self.turns.append(turns[at])
-        if self.record is not None:
-            self.record.put(at, turns[at])
 
-    def _truncate(self, count: int) -> None:
-        if count >= len(self.turns):
-            return
+    def _truncate(self, count: int, recorded: int) -> None:
+        """The first `count` turns stay, and `recorded` of the record."""
+        if self.record is not None:
+            self.record.truncate(recorded)
+            self._recorded = min(self._recorded, recorded)
         del self.turns[count:]
         self.conversation.first = self.conversation.first if self.conversation.first < count else 0
-        if self.record is not None:
-            self.record.truncate(count)
+
+    def write(self, n: int, turn: Turn) -> None:
+        """Record turn `n`, and before it those that could not be recorded when they came."""
+        if self.record is None:
+            return
+        for missed in range(self._recorded, n):
+            self.record.put(missed, self.turns[missed])
+            self._recorded = missed + 1
+        self.record.put(n, turn)
+        self._recorded = max(self._recorded, n + 1)
 
     def _last_question(self) -> int:
         questions = self.conversation.questions()
@@ -192,15 +203,13 @@ class Answer:
         return chunk
 
     def keep(self) -> None:
-        """Record what there is by now."""
+        """Record what there is by now. Raises what the record does; the chat has it then all the same."""
         turn = self._turn()
         turns = self._chat.turns
         if not self.count and self._at < len(turns):
             return  # the former answer is better than none
-        del turns[self._at :]
-        turns.append(turn)
-        if self._chat.record is not None:
-            self._chat.record.put(self._at, turn)
+        turns[self._at :] = [turn]
+        self._chat.write(self._at, turn)
 
     def end(self) -> None:
         """Stop, and record what came. Twice is as once."""

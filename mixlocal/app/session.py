@@ -28,6 +28,7 @@ from mixlocal.engine.generate import Finish, Prefilled, Token, generate
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Choice, Constraint, Sampler
 from mixlocal.errors import RefusedError
+from mixlocal.experts.trace import mean_rates
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
@@ -146,6 +147,12 @@ class Session:
                 return
             yield Chunk(piece, event.choice)
         yield Chunk(finish="length", stats=clock.stats())
+
+    def expert_rates(self) -> tuple[list[list[float]], int]:
+        """Share of the tokens computed lately that chose each expert, a row a layer; and of how many tokens."""
+        trace = self.model.experts.trace
+        rates, tokens = mean_rates(trace.steps(), trace.n_layers, trace.n_experts)
+        return rates.tolist(), tokens
 
     def new_cache(self) -> KVCache:
         """An empty KV cache for the whole context."""

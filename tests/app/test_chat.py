@@ -12,7 +12,7 @@ from stores import quantized
 from mixlocal.app.chat import Answer, Chat
 from mixlocal.app.session import Chunk, Session
 from mixlocal.engine.params import SamplingParams
-from mixlocal.errors import ContextOverflowError, UsageError
+from mixlocal.errors import ContextOverflowError, DiskFullError, UsageError
 from mixlocal.store.session_db import Turn
 
 PARAMS = SamplingParams(max_tokens=12, seed=5, temperature=1.0)
@@ -28,12 +28,15 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 class Notebook:
-    """A record that remembers what it was told."""
+    """A record that remembers what it was told, unless its disk is full."""
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
+        self.full = False
 
     def put(self, n: int, turn: Turn) -> None:
+        if self.full:
+            raise DiskFullError("no space left on device")
         assert n <= len(self.turns)
         self.turns[n : n + 1] = [turn]
 
@@ -157,6 +160,33 @@ def test_what_came_so_far_can_be_kept_at_any_time(chat: Chat) -> None:
                 assert chat.record.turns[-1].ids == tuple(answer._ids)
                 assert chat.record.turns[-1].interrupted == (answer.finish is None)
     assert len(chat.record.turns) == 2
+
+
+@pytest.mark.parametrize("how", ["send", "edit"])
+def test_a_full_disk_refuses_a_message_and_loses_nothing(chat: Chat, how: str) -> None:
+    finish(chat.send("Hello"))
+    before = list(chat.turns)
+    chat.record.full = True
+    with pytest.raises(DiskFullError):
+        getattr(chat, how)("And now?")
+    assert chat.turns == before == chat.record.turns
+    chat.record.full = False
+    finish(getattr(chat, how)("And now?"))
+    assert chat.record.turns == chat.turns
+    assert [turn.content for turn in chat.turns if turn.role == "user"][-1] == "And now?"
+
+
+def test_an_answer_that_could_not_be_recorded_is_recorded_later(chat: Chat) -> None:
+    answer = chat.send("Hello")
+    chat.record.full = True
+    with pytest.raises(DiskFullError):
+        finish(answer)
+    assert len(chat.turns) == 2
+    assert len(chat.record.turns) == 1
+    chat.record.full = False
+    finish(chat.send("And now?"))
+    assert len(chat.turns) == 4
+    assert chat.record.turns == chat.turns
 
 
 def test_tokens_are_not_kept_where_a_stop_string_was_cut_off(chat: Chat) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from stores import quantized
+from stores import install_smolmix, quantized
 
 from mixlocal.app.footprint import stored_bytes
 from mixlocal.app.model_run import store_config
 from mixlocal.cli import main
 from mixlocal.experts.plan import BASE_BYTES
 from mixlocal.store.model_store import ModelStore
+from mixlocal.store.paths import Home
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,16 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def smolmix(smolmix_folders: Home, smolmix_reference: ModelStore) -> ModelStore:
+    """smolmix:q8."""
+    return install_smolmix("q8", smolmix_folders)[0]
+
+
+@pytest.fixture
+def place(smolmix: ModelStore, smolmix_folders: Home, tmp_path: Path) -> Path:
+    """A home of its own with smolmix in it."""
+    (tmp_path / "models").symlink_to(smolmix_folders.models)
+    return tmp_path

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from stores import install_smolmix
 from terminal import Terminal
 
 from mixlocal.app.chat import Chat
@@ -17,28 +16,15 @@ from mixlocal.app.session import Session
 from mixlocal.cli.markdown import render_markdown
 from mixlocal.engine.params import SamplingParams
 from mixlocal.store.model_store import ModelStore
-from mixlocal.store.paths import Home
 
 GREEDY = ("-T", "0", "--top-p", "1", "--repeat-penalty", "1", "-n", "24", "--ctx", "1024")
 SIGINTS = 100
 
 
 @pytest.fixture(scope="module")
-def store(smolmix_folders: Home, smolmix_reference: ModelStore) -> ModelStore:
-    return install_smolmix("q8", smolmix_folders)[0]
-
-
-@pytest.fixture
-def place(store: ModelStore, smolmix_folders: Home, tmp_path: Path) -> Path:
-    """A home of its own with the same models."""
-    (tmp_path / "models").symlink_to(smolmix_folders.models)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def twin(store: ModelStore) -> Iterator[Chat]:
+def twin(smolmix: ModelStore) -> Iterator[Chat]:
     """The same model here, to know what it says."""
-    with Session.open(str(store.folder), context=1024) as session:
+    with Session.open(str(smolmix.folder), context=1024) as session:
         params = SamplingParams(temperature=0, top_p=1, repeat_penalty=1, max_tokens=24, seed=1)
         yield Chat(session, params=params)
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from stores import quantized
 
+from mixlocal.errors import DiskFullError
 from mixlocal.store.paths import home
 from mixlocal.store.session_db import SessionDb, Turn
 
@@ -132,6 +133,18 @@ def test_another_model_takes_a_chat_over(chat: Chat, place: Path) -> None:
         assert db.find("mine").model == "tiny"
 
 
+def test_a_chat_whose_model_is_gone_says_so(chat: Chat, place: Path, models: Path) -> None:
+    chat("Hello", given=("-m", str(models / "other" / "q4"), "--session", "mine"))
+    (place / "models").unlink()
+    (place / "models").mkdir()
+    result = chat("And now?", given=("--session", "mine"))
+    assert result.code == 3
+    assert "'mine' was held with it; go on with another model, or its folder: -m MODEL" in result.err
+    assert len(turns(place, "mine")) == 2
+    assert chat("And now?", given=("--session", "mine", "-m", str(models / "other" / "q4"))).code == 0
+    assert len(turns(place, "mine")) == 4
+
+
 def test_a_model_that_does_not_load_leaves_the_former(chat: Chat, place: Path, models: Path) -> None:
     broken = place / "broken"
     broken.mkdir()
@@ -191,6 +204,25 @@ def test_what_makes_no_sense_is_one_line_and_the_chat_goes_on(chat: Chat, place:
     assert says in result.err
     assert "Traceback" not in result.err
     assert [turn.content for turn in turns(place) if turn.role == "user"] == ["Hello"]
+
+
+def test_a_disk_that_fills_up_costs_no_answer(chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer that could not be saved is shown to its end, and saved with the next one."""
+    put, calls = SessionDb.put, []
+
+    def failing(self: SessionDb, session: str, n: int, turn: Turn) -> None:
+        calls.append(n)
+        if len(calls) in (2, 3):
+            raise DiskFullError("sessions.db: no space left on device")
+        put(self, session, n, turn)
+
+    monkeypatch.setattr(SessionDb, "put", failing)
+    result = chat("Hello", "refused", "And now?")
+    assert result.code == 0
+    assert result.err.count("no space left on device") == 2
+    assert [turn.content for turn in turns(place) if turn.role == "user"] == ["Hello", "And now?"]
+    assert len(turns(place)) == 4
+    assert result.out.count("\n") >= 2
 
 
 def test_old_turns_are_dropped_aloud(chat: Chat, place: Path) -> None:

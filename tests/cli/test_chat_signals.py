@@ -12,27 +12,16 @@ from pathlib import Path
 import pytest
 import tiny
 from faults import chat_faults
-from stores import install_smolmix, quantized
+from stores import quantized
 from terminal import Terminal
 
 from mixlocal.cli.chat.screen import KEEP_SECONDS
 from mixlocal.store.model_store import ModelStore
-from mixlocal.store.paths import Home, home
+from mixlocal.store.paths import home
 from mixlocal.store.session_db import SessionDb, Turn
 
 LONG = ("-m", "smolmix:q8", "-T", "0", "--repeat-penalty", "1.1", "-n", "300", "--ctx", "2048")
 SGR = re.compile(rb"\x1b\[[0-9;]*m")
-
-
-@pytest.fixture(scope="module")
-def store(smolmix_folders: Home, smolmix_reference: ModelStore) -> ModelStore:
-    return install_smolmix("q8", smolmix_folders)[0]
-
-
-@pytest.fixture
-def place(store: ModelStore, smolmix_folders: Home, tmp_path: Path) -> Path:
-    (tmp_path / "models").symlink_to(smolmix_folders.models)
-    return tmp_path
 
 
 def turns(place: Path) -> list[Turn]:
@@ -47,12 +36,35 @@ def begin(terminal: Terminal, text: str = "Write a long story about the sea.") -
     terminal.until(lambda: terminal.raw.count(b"\x1b[?2004l") == 1 and len(terminal.text().rpartition(text)[2]) > 20)
 
 
-def test_interrupts_at_random_times(store: ModelStore, tmp_path: Path) -> None:
+def test_interrupts_at_random_times(smolmix: ModelStore, tmp_path: Path) -> None:
     """A few of what tests/faults/chat_faults.py does, which also judges how long it takes."""
-    report = chat_faults.campaign(str(store.folder), tmp_path, count=14, seed=3)
+    report = chat_faults.campaign(str(smolmix.folder), tmp_path, count=14, seed=3)
     assert report.faults == []
     assert report.struck >= 5
     assert len(report.loading) == 3
+
+
+@pytest.mark.parametrize("how", ["signal", "key"])
+def test_an_interrupt_right_behind_a_message(place: Path, how: str) -> None:
+    """While the line editor is still busy with the key that sent it."""
+    with Terminal("chat", *LONG, home=place) as terminal:
+        terminal.ready()
+        for n, pause in enumerate((0.0, 0.005, 0.02, 0.05, 0.1)):
+            prompts = terminal.prompts()
+            terminal.type(f"\x1b[200~{n}: {'a long story about the sea, ' * 40}\x1b[201~\r" + "\x03" * (how == "key"))
+            if how == "signal":
+                time.sleep(pause)
+                terminal.interrupt()
+            terminal.ready(prompts + 1)
+            prompts = terminal.prompts()
+            terminal.say("/undo" if n % 2 else "/show")
+            terminal.ready(prompts + 1)
+            terminal.type("\x03" * bool(n % 2))  # the draft that /undo leaves
+        terminal.say("/quit")
+        assert terminal.end() == 0
+    answers = [turn for turn in turns(place) if turn.role == "assistant"]
+    assert answers
+    assert all(turn.interrupted for turn in answers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from mixlocal.cli.chat.repl import Repl
 from mixlocal.cli.loading import close_session, interrupts_end_it, open_session
 from mixlocal.cli.options import Globals, pass_globals, run_options, runtime_options, sampling_options
-from mixlocal.errors import UsageError
+from mixlocal.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from mixlocal.cli.chat.start import Start
@@ -51,7 +51,7 @@ def run_chat(options: Globals, given: dict[str, Any], *, model_is_named: bool) -
         with interrupts_end_it():
             start, head = _start(options, given), _wanted(db, given)
             if head is not None and not model_is_named:
-                start = start.with_model(f"{head.model}:{head.variant}")
+                start = _with_its_model(start, head)
             session = open_session(options, start.model, start.run, start.folders)
         _talk(Repl(options, start, session, db), head, given)
 
@@ -106,6 +106,17 @@ def _wanted(db: SessionDb, given: dict[str, Any]) -> SavedSession | None:
         return None
     name = check_chat_name(given["session"])
     return next((saved for saved in db.list() if saved.name == name), None)
+
+
+def _with_its_model(start: Start, head: SavedSession) -> Start:
+    """Raises `NotFoundError` if the model that a chat was held with is not installed."""
+    model = f"{head.model}:{head.variant}"
+    try:
+        start.check(model)
+    except NotFoundError as error:
+        hint = f"{head.name!r} was held with it; go on with another model, or its folder: -m MODEL"
+        raise NotFoundError(error.message, hint) from error
+    return start.with_model(model)
 
 
 def _begin(repl: Repl, head: SavedSession | None, given: dict[str, Any]) -> None:

@@ -122,17 +122,14 @@ def _stats(repl: Repl, argument: str) -> None:
 
 def _experts(repl: Repl, argument: str) -> None:
     """A bar per expert: how many of the tokens that were computed lately chose it."""
-    from mixlocal.experts.trace import mean_rates
-
-    trace = repl.chat.session.model.experts.trace
-    rates, tokens = mean_rates(trace.steps(), trace.n_layers, trace.n_experts)
+    rates, tokens = repl.chat.session.expert_rates()
     if not tokens:
         raise UsageError("nothing has been computed yet")
-    repl.tell(f"share of the last {tokens} tokens that chose each expert, 0 to {trace.n_experts - 1}, by layer")
-    highest = rates.max()
+    repl.tell(f"share of the last {tokens} tokens that chose each expert, 0 to {len(rates[0]) - 1}, by layer")
+    highest = max(map(max, rates))
     for layer, row in enumerate(rates):
         bars = " ".join(LOADS[round(rate / highest * (len(LOADS) - 1))] for rate in row)
-        favourite = int(row.argmax())
+        favourite = row.index(max(row))
         repl.tell(f"layer {layer:2}  {bars}   most: {favourite} ({100 * row[favourite]:.0f} %)")
 
 

@@ -94,7 +94,7 @@ class Repl:
         try:
             answer = self.chat.edit(whole) if replaces else self.chat.send(whole)
         except MixlocalError:
-            self.draft = text  # nothing typed is lost
+            self.draft, self.replaces = text, replaces  # nothing typed is lost
             raise
         self.files.clear()
         self.answer(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ from mixlocal.cli.chat.terminal import silent_keys
 from mixlocal.cli.options import Globals
 from mixlocal.cli.render import console, say
 from mixlocal.cli.safe_text import SafeStream
+from mixlocal.errors import MixlocalError
 
 if TYPE_CHECKING:
     from mixlocal.app.chat import Answer, Chat
@@ -84,7 +86,8 @@ class Screen:
                 paper.push(answer.text[shown:])
                 shown = len(answer.text)
                 if time.monotonic() - kept > KEEP_SECONDS:
-                    answer.keep()
+                    with contextlib.suppress(MixlocalError):  # it will be said at the end, where it may be over
+                        answer.keep()
                     kept = time.monotonic()
         finally:
             meter.clear()
