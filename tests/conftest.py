@@ -27,4 +27,4 @@ def smolmix_folders(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(scope="session")
 def smolmix_reference(smolmix_folders: Home) -> ModelStore:
     """Its bf16 variant, with the checkpoint kept."""
-    return install_smolmix("bf16", smolmix_folders, keep_source=True)[0]
+    return install_smolmix("bf16", smolmix_folders)[0]

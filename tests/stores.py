@@ -39,10 +39,10 @@ def quantized(
     return ModelStore.open(out)
 
 
-def install_smolmix(variant: Variant, folders: Home, **options: bool) -> tuple[ModelStore, list[Step]]:
-    """Pull it if it is not there; and the steps that this took."""
+def install_smolmix(variant: Variant, folders: Home) -> tuple[ModelStore, list[Step]]:
+    """Pull it if it is not there, and keep the checkpoint it is made of; and the steps that this took."""
     steps: list[Step] = []
-    work = pull("smolmix", variant, folders, **options)
+    work = pull("smolmix", variant, folders, keep_source=True)
     while True:
         try:
             steps.append(next(work))

@@ -163,7 +163,7 @@ def test_a_model_that_writes_bytes_at_random(tmp_path: Path) -> None:
     """Control sequences among them: between two prompts there are only lines and colours of our own."""
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=8192)
     quantized(checkpoint, tmp_path / "models" / "tiny" / "q4", template="mistral-v1")
-    options = ("-m", "tiny", "-T", "8", "--top-p", "1", "-n", "400", "--no-stats")
+    options = ("-m", "tiny", "-T", "8", "--top-p", "1", "-n", "400", "--no-stats", "--no-markdown")
     with Terminal("chat", *options, home=tmp_path) as terminal:
         terminal.ready()
         for n in range(12):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     help="What to do when the context is full.",
 )  # fmt: skip
 @click.option("--history/--no-history", default=True, help="Keep what is typed on disk, for the Up key and Ctrl-R.")
+@click.option("--markdown/--no-markdown", default=True, help="On a terminal, render answers; or show them as written.")
 @click.option("--stats/--no-stats", default=True, help="Speed and seed after each answer.")
 @runtime_options
 @sampling_options
@@ -83,7 +84,7 @@ def _start(options: Globals, given: dict[str, Any]) -> Start:
     system = read_system(given)
     start = Start(
         options.folders(), given["model"], run_options(given), system, {name: given[name] for name in names},
-        given["on_overflow"], tuple(map(attach, given["files"])), given["stats"], given["history"],
+        given["on_overflow"], tuple(map(attach, given["files"])), given["stats"], given["markdown"], given["history"],
     )  # fmt: skip
     start.params(SamplingParams())  # a value out of range is not worth waiting for a model
     return start

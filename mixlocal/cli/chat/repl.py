@@ -38,7 +38,7 @@ class Repl:
         self.saved = SavedChat(db, start.folders, About(session.name, session.variant, start.system, params))
         self.chat = Chat(session, system=start.system, params=params, overflow=start.overflow, record=self.saved)
         self._interrupts = Interrupts()
-        self.screen = Screen(options, self._interrupts, start.stats)
+        self.screen = Screen(options, self._interrupts, stats=start.stats, markdown=start.markdown)
         self.draft, self.replaces = "", False
         self.files: list[str] = list(start.files)
         self._reader: Reader = self._editor() if sys.stdin.isatty() and sys.stdout.isatty() else Lines(self._interrupts)

@@ -48,8 +48,8 @@ class _Plain:
 class Screen:
     """markdown: render it where stdout is a terminal."""
 
-    def __init__(self, options: Globals, interrupts: Interrupts, stats: bool) -> None:
-        self.options, self.stats, self.markdown = options, stats, True
+    def __init__(self, options: Globals, interrupts: Interrupts, *, stats: bool, markdown: bool) -> None:
+        self.options, self.stats, self.markdown = options, stats, markdown
         self._interrupts = interrupts
 
     def show(self, chat: Chat, answer: Answer) -> None:

@@ -28,6 +28,7 @@ class Start:
     overflow: Overflow = "drop-oldest"
     files: tuple[str, ...] = ()
     stats: bool = True
+    markdown: bool = True
     history: bool = True
 
     def with_model(self, model: str) -> Start:
