@@ -9,7 +9,7 @@ import torch
 from stores import quantized
 
 from mixlocal.experts.profile import FORMAT, RoutingProfile
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.model.transformer import Transformer
 from mixlocal.store.model_store import ModelStore
 
@@ -27,6 +27,6 @@ def make_store(root: Path, variant: str = "q4") -> ModelStore:
 
 def logits(model: Transformer) -> torch.Tensor:
     """A prompt in one pass, then token by token."""
-    cache = KVCache(model.config, len(IDS))
+    cache = own_cache(model.config, len(IDS))
     prompt = model.forward(IDS[:40], cache, all_logits=True)
     return torch.cat([prompt, *(model.forward(token[None], cache)[None] for token in IDS[40:])])

@@ -40,6 +40,7 @@ def load_snapshot(path: Path, cache: KVCache, identity: str) -> Unusable | None:
         with KvReader(path) as reader:
             cache.advance(_load(reader, cache, identity))
     except UnusableError as error:
+        cache.truncate(0)
         return error.why
     return None
 
@@ -62,14 +63,15 @@ def _head(cache: KVCache, identity: str, length: int) -> KvHead:
     keys, values = cache.layers[0].keys, cache.layers[0].values
     return KvHead(
         identity, _DTYPE_NAMES[keys.dtype], length,
-        layers=len(cache.layers), kv_heads=len(keys), head_dim=keys.shape[2], value_width=values.shape[2],
+        layers=len(cache.layers), kv_heads=keys.shape[1], head_dim=keys.shape[3], value_width=values.shape[3],
     )  # fmt: skip
 
 
 def _saved_parts(cache: KVCache) -> Iterator[Iterable[Piece]]:
     yield [memoryview(struct.pack(f"<{cache.length}I", *cache.ids))]
     for rows, tokens in cache.rows():
-        yield _pieces(_bytes(rows[: -(-cache.length // tokens)]))
+        own = rows[cache.table.to(rows.device)].flatten(0, 1)
+        yield _pieces(_bytes(own[: -(-cache.length // tokens)]))
 
 
 def _pieces(data: torch.Tensor) -> Iterator[Piece]:
@@ -86,26 +88,24 @@ def _load(reader: KvReader, cache: KVCache, identity: str) -> list[int]:
         raise UnusableError(Unusable.DAMAGED)
     ids = bytearray(4 * length)
     reader.read_part([memoryview(ids)])
-    fitting, buffer = min(length, cache.limit), torch.empty(PIECE_BYTES, dtype=torch.uint8)
+    fitting, scrap = min(length, cache.limit), torch.empty(PIECE_BYTES, dtype=torch.uint8)
+    cache.make_room(fitting)
     for rows, tokens in cache.rows():
-        nbytes = -(-length // tokens) * rows[0].nbytes
-        reader.read_part(_places(_bytes(rows[: -(-fitting // tokens)]), nbytes, buffer))
+        own = torch.zeros((len(cache.table), *rows.shape[1:]), dtype=rows.dtype)
+        nbytes = -(-length // tokens) * rows[0, 0].nbytes
+        reader.read_part(_places(_bytes(own.flatten(0, 1)[: -(-fitting // tokens)]), nbytes, scrap))
+        rows[cache.table.to(rows.device)] = own.to(rows.device)
     if reader.left():
         raise UnusableError(Unusable.DAMAGED)
     return list(struct.unpack(f"<{length}I", ids)[:fitting])
 
 
-def _places(data: torch.Tensor, nbytes: int, buffer: torch.Tensor) -> Iterator[Piece]:
-    """Where a part of `nbytes` is to be read to, of which `data` takes the beginning: straight into it, or, on a GPU
-    and at its end, into `buffer` first."""
-    for start in range(0, nbytes, PIECE_BYTES):
-        stop = min(start + PIECE_BYTES, nbytes)
-        if data.is_cpu and stop <= len(data):
-            yield byte_view(data[start:stop])
-        else:
-            yield byte_view(buffer[: stop - start])
-            wanted = data[start:stop]
-            wanted.copy_(buffer[: len(wanted)])
+def _places(data: torch.Tensor, nbytes: int, scrap: torch.Tensor) -> Iterator[Piece]:
+    """Where a part of `nbytes` is to be read to: `data` takes the beginning, and nobody the rest."""
+    for start in range(0, len(data), PIECE_BYTES):
+        yield byte_view(data[start : start + PIECE_BYTES])
+    for start in range(len(data), nbytes, PIECE_BYTES):
+        yield byte_view(scrap[: min(PIECE_BYTES, nbytes - start)])
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mixlocal.experts.runtime import ExpertCounts, Guess, Routing
 from mixlocal.experts.trace import RoutingTrace
 from mixlocal.kernels import Expert, Kernels, select
 from mixlocal.model.config import ModelConfig, RouterConfig
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.model.load import trunk_weights
 from mixlocal.model.tensors import trunk_tensors
 from mixlocal.model.transformer import Transformer
@@ -105,7 +105,7 @@ def _random_trunk(config: ModelConfig, spec: QuantSpec) -> Iterator[tuple[str, t
 
 def _decode(model: Transformer, config: ModelConfig, sequences: int, step: int) -> None:
     ids = torch.arange(step * sequences, (step + 1) * sequences) % config.vocab_size
-    model.forward(ids, KVCache(config, sequences))
+    model.forward(ids, own_cache(config, sequences))
 
 
 def _times(work: Callable[[int], object]) -> float:

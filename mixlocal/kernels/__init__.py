@@ -1,7 +1,7 @@
 """Arithmetic on packed weights: the one seam between the model and a processor.
 
 T = tokens, R = rows (output features), C = columns (input features), D = model dimension, K = experts per token,
-E = experts, H = heads, KH = key/value heads, d = head_dim, S = positions that a KV cache has room for.
+E = experts, H = heads, KH = key/value heads, d = head_dim, N = sequences, P = pages of the longest of them.
 
 Weights are bound once: shapes and types are checked there, and the calls that follow are cheap.
 """
@@ -18,6 +18,7 @@ from mixlocal.errors import UsageError
 from mixlocal.quant.format import ExpertWeights, Weight
 
 PANEL = 16  # keys that lie side by side in a KV cache
+PAGE = 64  # positions whose keys and values lie together in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,10 @@ class RouterWeights:
 
 @dataclass(frozen=True, slots=True)
 class KeyValues:
-    """One layer's cache, float16 or float32.
+    """One layer's cache, float16 or float32, in pages that belong to any number of sequences.
 
-    keys: [KH, S / PANEL, d, PANEL], so that PANEL keys are compared with a query at once.
-    values: [KH, S, d rounded up to a multiple of PANEL].
+    keys: [pages, KH, PAGE / PANEL, d, PANEL], so that PANEL keys are compared with a query at once.
+    values: [pages, KH, PAGE, d rounded up to a multiple of PANEL].
     """
 
     keys: torch.Tensor
@@ -62,11 +63,22 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every layer of one forward pass shares. The tokens are at positions start, start + 1, ..."""
+    """What every layer of one forward pass shares. Its tokens are those of one sequence after the other.
 
-    start: int
+    starts = [5, 0], counts = [1, 3], pages = [[2, 9], [4, 0]]: one token at position 5 of a sequence whose first page
+    is 2, then three at positions 0, 1, 2 of one whose first page is 4. Tables are filled up with any number.
+    """
+
+    starts: torch.Tensor  # int64 [N], in this computer's memory, as the two below
+    counts: torch.Tensor  # int64 [N]
+    pages: torch.Tensor  # int64 [N, P]
     cos: torch.Tensor  # [T, d]
     sin: torch.Tensor  # [T, d]
+
+    @property
+    def last_rows(self) -> torch.Tensor:
+        """Which of the T tokens is each sequence's last, int64 [N]."""
+        return self.counts.cumsum(0) - 1
 
 
 class Attention(Protocol):

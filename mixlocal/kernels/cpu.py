@@ -112,10 +112,11 @@ class CpuAttention:
         """See `mixlocal.kernels.Attention`."""
         assert hidden.is_contiguous()
         assert hidden.shape[1] == self._dim
-        _, capacity, value_stride = cache.values.shape
+        assert step.pages.is_contiguous()
         self._native.attention(
-            self._layer, hidden.data_ptr(), len(hidden), step.start, step.cos.data_ptr(), step.sin.data_ptr(),
-            cache.keys.data_ptr(), cache.values.data_ptr(), capacity, value_stride, cache.values.dtype == torch.float16,
+            self._layer, hidden.data_ptr(), len(step.starts), step.starts.data_ptr(), step.counts.data_ptr(),
+            step.pages.data_ptr(), step.pages.shape[1], step.cos.data_ptr(), step.sin.data_ptr(), cache.keys.data_ptr(),
+            cache.values.data_ptr(), cache.values.shape[-1], cache.values.dtype == torch.float16,
         )  # fmt: skip
 
 

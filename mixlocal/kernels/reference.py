@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from mixlocal.kernels import (
+    PAGE,
     PANEL,
     Attention,
     AttentionShape,
@@ -118,12 +119,21 @@ class ReferenceAttention:
             return self._kernels.linear(normed, weight).view(-1, count, shape.head_dim).transpose(0, 1)
 
         query = rotate(heads(weights.q, shape.n_heads), step)
-        key = rotate(heads(weights.k, shape.n_kv_heads), step)
-        store(cache, step.start, key, heads(weights.v, shape.n_kv_heads))
-        keys, values = stored(cache, step.start + len(hidden), shape.head_dim)
-        mask = visible(step.start, len(hidden), shape.window, hidden.device)
-        mixed = scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, enable_gqa=True)
-        hidden += self._kernels.linear(mixed[0].transpose(0, 1).flatten(1), weights.o)
+        key, value = rotate(heads(weights.k, shape.n_kv_heads), step), heads(weights.v, shape.n_kv_heads)
+        mixed, begin = torch.empty_like(query), 0
+        for start, count, pages in zip(step.starts.tolist(), step.counts.tolist(), step.pages, strict=True):
+            rows = slice(begin, begin + count)
+            pages = pages[: -(-(start + count) // PAGE)].to(hidden.device)
+            store(cache, pages, start, key[:, rows], value[:, rows])
+            seen = stored(cache, pages, start + count, shape.head_dim)
+            mixed[:, rows] = self._attend(query[:, rows], *seen, start)
+            begin += count
+        hidden += self._kernels.linear(mixed.transpose(0, 1).flatten(1), weights.o)
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+        """[H, T, d] of a sequence's tokens from `start` on, over keys and values [KH, start + T, d]."""
+        mask = visible(start, query.shape[1], self._shape.window, query.device)
+        return scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, enable_gqa=True)[0]
 
 
 class ReferenceRouter:
@@ -170,17 +180,19 @@ def visible(start: int, count: int, window: int | None, device: torch.device) ->
     return mask if window is None else mask & (keys > positions - window)
 
 
-def store(cache: KeyValues, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put keys and values [KH, T, d] at positions start, start + 1, ..."""
+def store(cache: KeyValues, pages: torch.Tensor, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put keys and values [KH, T, d] at positions start, start + 1, ... of the sequence that has `pages`."""
     positions = torch.arange(start, start + keys.shape[1], device=keys.device)
-    cache.keys[:, positions // PANEL, :, positions % PANEL] = keys.transpose(0, 1).to(cache.keys.dtype)
-    cache.values[:, positions, : values.shape[2]] = values.to(cache.values.dtype)
+    own, at = pages[positions // PAGE], positions % PAGE
+    cache.keys[own, :, at // PANEL, :, at % PANEL] = keys.transpose(0, 1).to(cache.keys.dtype)
+    cache.values[own, :, at, : values.shape[2]] = values.transpose(0, 1).to(cache.values.dtype)
 
 
-def stored(cache: KeyValues, count: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` keys and values, float32 [KH, count, d]."""
-    keys = cache.keys[:, : -(-count // PANEL)].transpose(2, 3).flatten(1, 2)[:, :count]
-    return keys.float(), cache.values[:, :count, :head_dim].float()
+def stored(cache: KeyValues, pages: torch.Tensor, count: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` keys and values of the sequence that has `pages`, float32 [KH, count, d]."""
+    keys = cache.keys[pages].transpose(0, 1).transpose(3, 4).flatten(1, 3)[:, :count]
+    values = cache.values[pages].transpose(0, 1).flatten(1, 2)[:, :count, :head_dim]
+    return keys.float(), values.float()
 
 
 def _pair_table(weight: QuantTensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 
 from mixlocal.experts.plan import PREFILL_CHUNK
 from mixlocal.experts.runtime import ExpertRuntime, Routing
-from mixlocal.kernels import AttentionShape, AttentionWeights, Kernels, RouterWeights
+from mixlocal.kernels import AttentionShape, AttentionWeights, Kernels, KeyValues, RouterWeights, Step
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.model.layers import make_step
@@ -32,6 +33,14 @@ class TrunkWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [D]
     head: Weight  # [V, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of one sequence."""
+
+    cache: KVCache
+    ids: list[int]
 
 
 class Transformer:
@@ -61,21 +70,35 @@ class Transformer:
         ]
         self._head = kernels.bind_head(trunk.norm, trunk.head, eps)
 
-    @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False) -> torch.Tensor:
         """Logits after the tokens `ids` [T], which are added to the cache: float32 [V], or [T, V] with `all_logits`."""
-        count = len(ids)
-        assert cache.length + count <= cache.limit, (cache.length, count, cache.limit)
-        step = make_step(self.config, cache.length, count, self._device)
-        hidden = embed(self._embedding, ids.to(self._device))
+        piece = Piece(cache, ids.tolist())
+        return self.forward_many([piece], all_logits=True) if all_logits else self.forward_many([piece])[0]
+
+    @torch.inference_mode()
+    def forward_many(self, pieces: Sequence[Piece], *, all_logits: bool = False) -> torch.Tensor:
+        """Logits after each piece's last token, float32 [N, V], or after every token, [T, V]; all are added to their
+        caches, which must be of one pool and different ones. A piece's logits have the same bits whatever is beside
+        it."""
+        counts = [len(piece.ids) for piece in pieces]
+        for piece, count in zip(pieces, counts, strict=True):
+            assert 0 < count <= piece.cache.limit - piece.cache.length, (piece.cache.length, count, piece.cache.limit)
+            piece.cache.make_room(count)
+        step = make_step(self.config, [piece.cache for piece in pieces], counts, self._device)
+        ids = torch.tensor([token for piece in pieces for token in piece.ids])
+        hidden = self._run_layers(embed(self._embedding, ids.to(self._device)), pieces[0].cache.layers, step)
+        for piece in pieces:
+            piece.cache.advance(piece.ids)
+        wanted = hidden if all_logits else hidden[step.last_rows.to(self._device)]
+        return self._head.logits(wanted).cpu()
+
+    def _run_layers(self, hidden: torch.Tensor, layers: Sequence[KeyValues], step: Step) -> torch.Tensor:
         for i, (attention, router) in enumerate(zip(self._attention, self._routers, strict=True)):
-            attention.add_to(hidden, cache.layers[i], step)
+            attention.add_to(hidden, layers[i], step)
             normed, experts, weights = router.choose(hidden)
             guess = partial(self._guess, i + 1, hidden) if i + 1 < len(self._routers) else None
             hidden += self.experts.apply(i, normed, Routing(experts, weights), guess)
-        cache.advance(ids.tolist())
-        logits = self._head.logits(hidden if all_logits else hidden[-1:])
-        return (logits if all_logits else logits[0]).cpu()
+        return hidden
 
     def _guess(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What `layer` would choose if nothing lay between: most of what it will choose. int64 [T, K]."""

@@ -22,7 +22,7 @@ from mixlocal.app.session import Session
 from mixlocal.errors import CorruptError, DiskFullError
 from mixlocal.kernels import PANEL
 from mixlocal.model.config import ModelConfig
-from mixlocal.model.kv_cache import KV_DTYPES, KVCache
+from mixlocal.model.kv_cache import KV_DTYPES, KVCache, own_cache
 from mixlocal.model.transformer import Transformer
 from mixlocal.store import durable, kv_file
 from mixlocal.store.kv_file import FORMAT_VERSION, MAGIC, Unusable, remove_kv_file, snapshot_path
@@ -57,7 +57,7 @@ def _undisturbed_afterwards() -> Iterator[None]:
 
 def filled(model: tuple[Transformer, ModelConfig], length: int, dtype: str = "f16") -> KVCache:
     transformer, config = model
-    cache = KVCache(config, LIMIT, KV_DTYPES[dtype])
+    cache = own_cache(config, LIMIT, KV_DTYPES[dtype])
     ids = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length))
     transformer.forward(ids, cache)
     return cache
@@ -65,7 +65,7 @@ def filled(model: tuple[Transformer, ModelConfig], length: int, dtype: str = "f1
 
 def empty(model: tuple[Transformer, ModelConfig], limit: int = LIMIT, dtype: str = "f16") -> KVCache:
     """With memory in which a value that was not read is seen."""
-    cache = KVCache(model[1], limit, KV_DTYPES[dtype])
+    cache = own_cache(model[1], limit, KV_DTYPES[dtype])
     for rows, _ in cache.rows():
         rows.fill_(float("nan"))
     return cache
@@ -73,9 +73,11 @@ def empty(model: tuple[Transformer, ModelConfig], limit: int = LIMIT, dtype: str
 
 def used(cache: KVCache, length: int) -> list[torch.Tensor]:
     """Keys and values of the first tokens, layer by layer, as one bit pattern a number."""
-    keys = [layer.keys.movedim(3, 2).flatten(1, 2)[:, :length] for layer in cache.layers]
-    values = [layer.values[:, :length] for layer in cache.layers]
-    return [part.contiguous().view(torch.uint8) for part in (*keys, *values)]
+    parts = []
+    for rows, tokens in cache.rows():
+        own = rows[cache.table]
+        parts.append((own.movedim(-1, -2) if tokens > 1 else own).flatten(0, -2)[:length])
+    return [part.contiguous().view(torch.uint8) for part in parts]
 
 
 def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
@@ -178,7 +180,7 @@ def test_flipped_bits_and_cuts_are_refused(model: tuple[Transformer, ModelConfig
         assert refusal(path, cache) is Unusable.DAMAGED, cut
     path.write_bytes(whole + b"\0")
     assert refusal(path, cache) is Unusable.DAMAGED
-    logits = [model[0].forward(torch.tensor([70, 71]), fresh) for fresh in (cache, KVCache(model[1], LIMIT))]
+    logits = [model[0].forward(torch.tensor([70, 71]), fresh) for fresh in (cache, own_cache(model[1], LIMIT))]
     assert torch.equal(*logits)
     cache.truncate(0)
     path.write_bytes(whole)

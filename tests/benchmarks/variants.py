@@ -24,7 +24,7 @@ from stores import open_model
 import mixlocal
 from mixlocal.app.installed import find_store
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import home
 
@@ -47,7 +47,7 @@ def logprobs(store: ModelStore, text: str, ctx: int) -> Iterator[tuple[torch.Ten
     ids = torch.tensor(load_tokenizer(store.folder).encode(text))
     for chunk in ids.split(ctx):
         if len(chunk) > 1:
-            logits = model.forward(chunk, KVCache(config, ctx), all_logits=True)
+            logits = model.forward(chunk, own_cache(config, ctx), all_logits=True)
             yield torch.log_softmax(logits[:-1], dim=-1), chunk[1:]
 
 

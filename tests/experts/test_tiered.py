@@ -24,7 +24,7 @@ from mixlocal.errors import CorruptError
 from mixlocal.experts.profile import RoutingProfile
 from mixlocal.experts.tiered import TieredExperts
 from mixlocal.kernels import select
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.store import expert_file
@@ -80,7 +80,7 @@ def test_the_budget_does_not_change_a_bit(
 
 def test_an_expert_is_read_once_for_all_tokens_of_a_pass(store: ModelStore) -> None:
     model, experts = opened(store, EXPERTS, lookahead=False)
-    model.forward(IDS, KVCache(model.config, len(IDS)))
+    model.forward(IDS, own_cache(model.config, len(IDS)))
     assert experts.counts.reads == experts.counts.disk_hits == experts.counts.looked_up <= LAYERS * EXPERTS
     experts.close()
 

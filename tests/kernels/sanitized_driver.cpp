@@ -179,10 +179,12 @@ struct Heads {
 // One layer's cache: numbers at positions before `start`, a NaN everywhere else.
 struct Cache {
     std::vector<uint16_t> keys, values;
+    std::vector<int64_t> pages;
     KeyValues view;
 
     Cache(const Heads& h, int64_t start, int64_t tokens, bool half) {
-        const int64_t capacity = (start + tokens + kPanel - 1) / kPanel * kPanel, stride = (h.head_dim + kPanel - 1) / kPanel * kPanel;
+        const int64_t count = (start + tokens + kPage - 1) / kPage, capacity = count * kPage, stride = (h.head_dim + kPanel - 1) / kPanel * kPanel;
+        for (int64_t p = 0; p < count; ++p) pages.push_back(count - 1 - p);
         const int64_t parts = half ? 1 : 2;  // the upper half of a float32, or all of a float16
         keys = std::vector<uint16_t>(static_cast<size_t>(h.kv_heads * capacity * h.head_dim * parts), 0x7fff);
         values = std::vector<uint16_t>(static_cast<size_t>(h.kv_heads * capacity * stride * parts), 0x7fff);
@@ -190,11 +192,12 @@ struct Cache {
             for (int64_t s = 0; s < start; ++s)
                 for (int64_t d = 0; d < h.head_dim; ++d) {
                     const uint16_t bits = static_cast<uint16_t>((half ? 0x3000 : 0x3e00) + random_bits() % 0x100);
-                    const int64_t key = ((head * capacity + s / kPanel * kPanel) * h.head_dim + d * kPanel + s % kPanel + 1) * parts - 1;
+                    const int64_t row = (pages[static_cast<size_t>(s / kPage)] * h.kv_heads + head) * kPage + s % kPage;
+                    const int64_t key = (row / kPanel * kPanel * h.head_dim + d * kPanel + s % kPanel + 1) * parts - 1;
                     keys[static_cast<size_t>(key)] = bits;
-                    values[static_cast<size_t>(((head * capacity + s) * stride + d + 1) * parts - 1)] = bits;
+                    values[static_cast<size_t>((row * stride + d + 1) * parts - 1)] = bits;
                 }
-        view = {keys.data(), values.data(), capacity, stride, half};
+        view = {keys.data(), values.data(), stride, half};
     }
 };
 
@@ -206,7 +209,8 @@ void run_attention_case(const KernelTable& kernels, const Format& format, const 
     const Attention layer = {norm.data(), 1e-5f, q.matrix, k.matrix, v.matrix, o.matrix, h.heads, h.kv_heads, h.head_dim, h.window};
     const Cache cache(h, start, tokens, half);
     std::vector<float> hidden = random_numbers(tokens * h.dim);
-    attention(kernels, layer, hidden.data(), tokens, start, cos.data(), sin.data(), cache.view);
+    const Sequences sequences = {1, &start, &tokens, cache.pages.data(), static_cast<int64_t>(cache.pages.size())};
+    attention(kernels, layer, hidden.data(), sequences, cos.data(), sin.data(), cache.view);
     outputs.push_back({std::string("attention, ") + format.name + ", head_dim " + std::to_string(h.head_dim) + ", start " + std::to_string(start) +
                            ", tokens: " + std::to_string(tokens),
                        format.is_integer() ? 0.03f : half ? 2e-3f : 1e-4f, hidden});

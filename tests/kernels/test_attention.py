@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixlocal.kernels import PANEL, AttentionShape, AttentionWeights, Kernels, KeyValues, Step
+from mixlocal.kernels import PAGE, PANEL, AttentionShape, AttentionWeights, Kernels, KeyValues, Step
 from mixlocal.kernels.cpu import CpuKernels
 from mixlocal.kernels.isa import set_threads
-from mixlocal.kernels.reference import ReferenceKernels, store
+from mixlocal.kernels.reference import ReferenceKernels, store, stored
 from mixlocal.quant.format import QuantSpec, Weight
 from mixlocal.quant.quantize import quantize
 
@@ -51,16 +51,16 @@ class Case:
         self.hidden = random(count, DIM)
         angles = random(count, shape.head_dim // 2).repeat(1, 2)
         self.cos, self.sin = angles.cos(), angles.sin()
-        self._past = [random(shape.n_kv_heads, start, shape.head_dim) for _ in range(2)]
+        self.past = [random(shape.n_kv_heads, start, shape.head_dim) for _ in range(2)]
+        self.pages = torch.randperm(-(-(start + count) // PAGE), generator=generator)
 
     def cache(self) -> KeyValues:
         """NaN where nothing was stored, so that a kernel that uses it is found out."""
-        panels = -(-(self.start + len(self.hidden)) // PANEL)
-        heads, width = self.shape.n_kv_heads, self.shape.head_dim
-        keys = torch.full((heads, panels, width, PANEL), torch.nan, dtype=self.dtype)
-        values = torch.full((heads, panels * PANEL, -(-width // PANEL) * PANEL), torch.nan, dtype=self.dtype)
+        heads, width, pages = self.shape.n_kv_heads, self.shape.head_dim, len(self.pages)
+        keys = torch.full((pages, heads, PAGE // PANEL, width, PANEL), torch.nan, dtype=self.dtype)
+        values = torch.full((pages, heads, PAGE, -(-width // PANEL) * PANEL), torch.nan, dtype=self.dtype)
         cache = KeyValues(keys, values)
-        store(cache, 0, *self._past)
+        store(cache, self.pages, 0, *self.past)
         return cache
 
     def run(self, kernels: Kernels, cache: KeyValues, sizes: list[int]) -> torch.Tensor:
@@ -70,7 +70,8 @@ class Case:
         begin = 0
         for size in sizes:
             part = slice(begin, begin + size)
-            layer.add_to(hidden[part], cache, Step(self.start + begin, self.cos[part], self.sin[part]))
+            counted = torch.tensor([self.start + begin]), torch.tensor([size])
+            layer.add_to(hidden[part], cache, Step(*counted, self.pages[None], self.cos[part], self.sin[part]))
             begin += size
         assert begin == len(hidden)
         return hidden - self.hidden
@@ -92,7 +93,8 @@ def compare(case: Case, isa: str, bound: float) -> None:
         assert torch.equal(mine.isnan(), right.isnan())
         assert off(mine.float().nan_to_num(), right.float().nan_to_num()) < bound
     past = case.cache()
-    assert torch.equal(ours.values[:, : case.start, :width], past.values[:, : case.start, :width])
+    for mine, before in zip(*(stored(cache, case.pages, case.start, width) for cache in (ours, past)), strict=True):
+        assert torch.equal(mine, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -128,6 +130,50 @@ def test_one_pass_and_token_by_token_are_the_same(
             assert torch.equal(result, results[0]), start
             assert torch.equal(cache.keys.nan_to_num(), caches[0].keys.nan_to_num())
             assert torch.equal(cache.values.nan_to_num(), caches[0].values.nan_to_num())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_many_sequences_at_once_are_as_each_alone(isa: str, shape: str, dtype: torch.dtype, threads: None) -> None:
+    """One layer, its pages shared out among prompts and answers of many lengths, in two orders."""
+    places = [(0, 1), (300, 1), (0, 40), (63, 1), (64, 2), (255, 3), (256, 1), (20, 13), (511, 1), (700, 30)]
+    cases = [Case("bf16", SHAPES[shape], start, count, dtype) for start, count in places]
+    for case in cases:
+        case.weights = cases[0].weights
+    alone = [case.run(CpuKernels(isa), case.cache(), [len(case.hidden)]) for case in cases]
+    for count, order in ((1, cases), (3, cases[::-1])):
+        set_threads(count)
+        together = run_together(cases[0], order, CpuKernels(isa))
+        for case, result in zip(cases, alone, strict=True):
+            assert torch.equal(together[order.index(case)], result), case.start
+    reference = run_together(cases[0], cases, ReferenceKernels())
+    assert off(torch.cat(reference), torch.cat(alone)) < (2e-3 if dtype == torch.float16 else 2e-6)
+
+
+def run_together(first: Case, cases: list[Case], kernels: Kernels) -> list[torch.Tensor]:
+    """What is added to each case's rows, in one pass over all of them."""
+    counts = [len(case.pages) for case in cases]
+    owners = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(7)).split(counts)
+    alone = [case.cache() for case in cases]
+    cache = KeyValues(
+        *(
+            torch.full((sum(counts), *part.shape[1:]), torch.nan, dtype=part.dtype)
+            for part in (alone[0].keys, alone[0].values)
+        )
+    )
+    table = torch.zeros((len(cases), max(counts)), dtype=torch.int64)
+    for case, pages, row in zip(cases, owners, table, strict=True):
+        row[: len(pages)] = pages
+        store(cache, pages, 0, *case.past)
+    sizes = [len(case.hidden) for case in cases]
+    before = torch.cat([case.hidden for case in cases])
+    hidden = before.clone()
+    step = Step(
+        torch.tensor([case.start for case in cases]), torch.tensor(sizes), table,
+        torch.cat([case.cos for case in cases]), torch.cat([case.sin for case in cases]),
+    )  # fmt: skip
+    kernels.bind_attention(first.weights, first.shape).add_to(hidden, cache, step)
+    return list((hidden - before).split(sizes))
 
 
 def test_long_past_and_many_threads(isa: str, threads: None) -> None:

@@ -21,7 +21,7 @@ from mixlocal.kernels import Expert, Kernels, cuda, select
 from mixlocal.kernels.cuda import FEW_TOKENS, CudaKernels
 from mixlocal.kernels.reference import ReferenceKernels
 from mixlocal.model.arch import read_config
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.quant.format import ExpertLayout, ExpertWeights, QuantSpec, QuantTensor, Weight
@@ -244,8 +244,8 @@ def test_a_models_logits_are_the_references(variant: str, attention: str, hidden
     passes = []
     for kernels in (CudaKernels("cpu"), ReferenceKernels()):
         ours = model(store, kernels)
-        passes.append(ours.forward(ids, KVCache(ours.config, 64, torch.float32), all_logits=True))
-        cache = KVCache(ours.config, 64, torch.float32)
+        passes.append(ours.forward(ids, own_cache(ours.config, 64, torch.float32), all_logits=True))
+        cache = own_cache(ours.config, 64, torch.float32)
         passes.append(torch.stack([ours.forward(token[None], cache) for token in ids]))
     whole, stepwise, expected, _ = passes
     assert off(whole, expected) < 2e-5

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixlocal.kernels import PANEL, AttentionWeights, KeyValues, RouterWeights, reference
+from mixlocal.kernels import PAGE, PANEL, AttentionWeights, KeyValues, RouterWeights, Step, reference
 from mixlocal.kernels.cuda import FEW_TOKENS, CudaKernels
 from mixlocal.kernels.reference import ReferenceKernels
 from mixlocal.model.arch import read_config
-from mixlocal.model.layers import make_step, rotary_tables
+from mixlocal.model.layers import rotary_tables
 from mixlocal.model.transformer import attention_shape
 from mixlocal.quant.format import ExpertWeights, QuantSpec, QuantTensor, Weight
 
@@ -73,12 +73,15 @@ def test_attention(kernels: ReferenceKernels, dtype: torch.dtype, name: str, win
         floats(dim), weight(name, dim, dim), weight(name, keys, dim), weight(name, keys, dim), weight(name, dim, dim)
     )
     layer = kernels.bind_attention(weights, attention_shape(config))
-    cache = KeyValues(
-        floats(config.n_kv_heads, LIMIT // PANEL, d, PANEL).to(dtype), floats(config.n_kv_heads, LIMIT, d).to(dtype)
-    )
-    for tokens in (1, 9):
-        hidden = floats(tokens, dim)
-        layer.add_to(hidden, cache, make_step(config, START, tokens, AWAY))
+    shape = (LIMIT // PAGE, config.n_kv_heads)
+    keys_there = floats(*shape, PAGE // PANEL, d, PANEL).to(dtype)
+    cache = KeyValues(keys_there, floats(*shape, PAGE, d).to(dtype))
+    for counts in ([1], [9], [1, 9]):
+        hidden = floats(sum(counts), dim)
+        angles = [table.to(AWAY) for table in rotary_tables(config, torch.arange(sum(counts)))]
+        with unset_fake_temporarily():  # these are looked at
+            spans = torch.full((len(counts),), START), torch.tensor(counts)
+        layer.add_to(hidden, cache, Step(*spans, torch.zeros((len(counts), 1), dtype=torch.int64), *angles))
         assert hidden.device == AWAY
 
 

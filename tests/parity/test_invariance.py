@@ -14,7 +14,7 @@ import torch
 from stores import open_model, quantized
 
 from mixlocal.kernels.isa import MISSING, native_isas, set_threads
-from mixlocal.model.kv_cache import KV_DTYPES, KVCache
+from mixlocal.model.kv_cache import KV_DTYPES, own_cache
 from mixlocal.store.model_store import ModelStore
 
 ISAS = native_isas() or (pytest.param("none", marks=pytest.mark.skip(f"no compiled kernels: {MISSING}")),)
@@ -46,10 +46,10 @@ def test_one_pass_and_one_by_one_are_the_same(
 ) -> None:
     model, config, ids = case(tmp_path, name, variant)
     set_threads(1)
-    whole = model.forward(ids, KVCache(config, POSITIONS, KV_DTYPES[dtype]), all_logits=True)
+    whole = model.forward(ids, own_cache(config, POSITIONS, KV_DTYPES[dtype]), all_logits=True)
     assert whole.isfinite().all()
     set_threads(3)
-    cache = KVCache(config, POSITIONS, KV_DTYPES[dtype])
+    cache = own_cache(config, POSITIONS, KV_DTYPES[dtype])
     pieces = [model.forward(part, cache, all_logits=True) for part in ids.split([1, 2, 3, 5, 16, 200, 40, 33])]
     assert torch.equal(torch.cat(pieces), whole)
     cache.truncate(250)
@@ -63,10 +63,10 @@ def test_logits_are_near_the_reference(
 ) -> None:
     """int8 activations and the codebook in whole steps are all that differs; random routers turn some choices over."""
     model, config, ids = case(tmp_path, "grouped", variant)
-    ours = model.forward(ids, KVCache(config, POSITIONS), all_logits=True)
+    ours = model.forward(ids, own_cache(config, POSITIONS), all_logits=True)
     monkeypatch.setenv("MIXLOCAL_ISA", "reference")
     exact, _ = open_model(ModelStore.open(tmp_path / "store"))
-    expected = exact.forward(ids, KVCache(config, POSITIONS), all_logits=True)
+    expected = exact.forward(ids, own_cache(config, POSITIONS), all_logits=True)
     assert (ours - expected).norm() < bound * expected.norm()
 
 

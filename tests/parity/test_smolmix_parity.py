@@ -17,7 +17,7 @@ from stores import install_smolmix, open_model
 from mixlocal.app.catalog import read_catalog, sampling_defaults
 from mixlocal.app.session import Session
 from mixlocal.engine.params import SamplingParams
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home
 
@@ -53,7 +53,7 @@ def token_ids(store: ModelStore) -> torch.Tensor:
 def logprobs(store: ModelStore) -> torch.Tensor:
     model, config = open_model(store)
     ids = token_ids(store)
-    return torch.log_softmax(model.forward(ids, KVCache(config, len(ids), torch.float32), all_logits=True), dim=-1)
+    return torch.log_softmax(model.forward(ids, own_cache(config, len(ids), torch.float32), all_logits=True), dim=-1)
 
 
 def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> None:
@@ -65,10 +65,10 @@ def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> No
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     expected = theirs(ids[None]).logits[0].detach()
     model, config = open_model(reference)
-    ours = model.forward(ids, KVCache(config, 64, torch.float32), all_logits=True)
+    ours = model.forward(ids, own_cache(config, 64, torch.float32), all_logits=True)
     torch.testing.assert_close(ours, expected, atol=6e-4, rtol=0)
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
-    cache = KVCache(config, 64, torch.float32)
+    cache = own_cache(config, 64, torch.float32)
     stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
     torch.testing.assert_close(stepwise, expected, atol=6e-4, rtol=0)
 

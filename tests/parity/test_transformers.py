@@ -13,7 +13,7 @@ from stores import open_model, quantized
 from mixlocal.engine.generate import Token, generate
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Sampler
-from mixlocal.model.kv_cache import KVCache
+from mixlocal.model.kv_cache import own_cache
 
 POSITIONS = 64
 
@@ -45,13 +45,13 @@ def test_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
     model, config = open_model(store)
     ids = torch.randint(0, config.vocab_size, (POSITIONS,), generator=torch.Generator().manual_seed(1))
     expected = theirs(ids[None]).logits[0]
-    whole = model.forward(ids, KVCache(config, POSITIONS, torch.float32), all_logits=True)
+    whole = model.forward(ids, own_cache(config, POSITIONS, torch.float32), all_logits=True)
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=0)
 
-    cache = KVCache(config, POSITIONS, torch.float32)
+    cache = own_cache(config, POSITIONS, torch.float32)
     stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
     torch.testing.assert_close(stepwise, expected, atol=1e-4, rtol=0)
-    split = KVCache(config, POSITIONS, torch.float32)
+    split = own_cache(config, POSITIONS, torch.float32)
     model.forward(ids[:23], split)
     torch.testing.assert_close(model.forward(ids[23:], split, all_logits=True), expected[23:], atol=1e-4, rtol=0)
 
@@ -63,7 +63,7 @@ def test_more_experts_per_token_than_trained(tmp_path: Path) -> None:
     wider = tiny.write_checkpoint(tmp_path / "wider", num_experts_per_tok=3)
     model, config = open_model(quantized(folder, tmp_path / "store", "bf16"), top_k=3)
     ids = torch.arange(40)
-    ours = model.forward(ids, KVCache(config, 64, torch.float32), all_logits=True)
+    ours = model.forward(ids, own_cache(config, 64, torch.float32), all_logits=True)
     torch.testing.assert_close(ours, reference_model(wider)(ids[None]).logits[0], atol=1e-4, rtol=0)
 
 
@@ -77,7 +77,7 @@ def test_sources_of_other_types(dtype: torch.dtype, tmp_path: Path) -> None:
     model, config = open_model(quantized(plain, tmp_path / "store", "bf16"))
     ids = torch.arange(32)
     expected = reference_model(plain)(ids[None]).logits[0]
-    found = model.forward(ids, KVCache(config, 64, torch.float32), all_logits=True)
+    found = model.forward(ids, own_cache(config, 64, torch.float32), all_logits=True)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -90,7 +90,7 @@ def test_checkpoint_saved_by_transformers(tmp_path: Path) -> None:
     model, config = open_model(quantized(tmp_path / "saved", tmp_path / "store", "bf16"))
     ids = torch.arange(32)
     expected = theirs(ids[None]).logits[0]
-    found = model.forward(ids, KVCache(config, 64, torch.float32), all_logits=True)
+    found = model.forward(ids, own_cache(config, 64, torch.float32), all_logits=True)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -103,7 +103,7 @@ def reference_model(folder: Path) -> Any:
 
 def our_greedy(model: Any, config: Any, prompt: list[int], count: int) -> list[int]:
     sampler = Sampler(SamplingParams(temperature=0, max_tokens=count))
-    cache = KVCache(config, len(prompt) + count, torch.float32)
+    cache = own_cache(config, len(prompt) + count, torch.float32)
     return [event.choice.id for event in generate(model, prompt, cache, sampler, ()) if isinstance(event, Token)]
 
 

@@ -77,18 +77,21 @@ class Kernels:
         self,
         layer: Attention,
         hidden: int,
-        tokens: int,
-        start: int,
+        count: int,
+        starts: int,
+        counts: int,
+        pages: int,
+        most_pages: int,
         cos: int,
         sin: int,
         keys: int,
         values: int,
-        capacity: int,
         value_stride: int,
         half: bool,
         /,
     ) -> None:
-        """hidden f32 [T, D] += attention; cos, sin f32 [T, d]; keys, values as in `mixlocal.kernels.KeyValues`."""
+        """hidden f32 [T, D] += attention of `count` sequences; starts and counts int64 [count], pages int64 [count,
+        most_pages], cos and sin f32 [T, d] as in `mixlocal.kernels.Step`; keys and values as in `KeyValues`."""
 
     def route(self, router: Router, hidden: int, tokens: int, normed: int, ids: int, weights: int, /) -> None:
         """hidden f32 [T, D] -> normed f32 [T, D], ids int64 [T, K], weights f32 [T, K]."""

@@ -10,6 +10,8 @@ namespace mixlocal {
 
 constexpr int kBlock = 64;   // numbers that share a scale, mixlocal.quant.format.BLOCK_SIZE
 constexpr int kPanel = 16;   // keys that lie side by side in a KV cache, mixlocal.kernels.PANEL
+constexpr int kPage = 64;    // positions of a page of a KV cache, mixlocal.kernels.PAGE
+constexpr int kChunk = 256;  // keys of one AttendChunk
 
 enum Kind { kFourBit, kInt8, kBf16, kFloat };
 
@@ -47,8 +49,8 @@ struct Tile {
 // Queries of one key/value head over one chunk of its cache.
 struct AttendChunk {
     const float* queries;    // [count, head_dim], times 1 / sqrt(head_dim)
-    const void* keys;        // [panels][head_dim][kPanel], float16 or float32
-    const void* values;      // [positions][value_stride], the same
+    const void* keys[kChunk / kPage];    // of each page that is seen: [kPage / kPanel][head_dim][kPanel], float16 or float32
+    const void* values[kChunk / kPage];  // the same: [kPage][value_stride]
     const int64_t* first;    // [count] the first key of the chunk that each query sees, and
     const int64_t* last;     // [count] the one behind its last; first == last: it sees none
     int64_t count, head_dim, value_stride;
@@ -98,8 +100,9 @@ struct KernelTable {
 
     void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);  // out may be x
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);                // silu(gate) * up
-    void (*store_key_value)(const float* key, const float* value, int64_t head_dim, int64_t value_stride, int64_t position,
-                            bool half, void* keys, void* values);
+    // Into position `at` of one head's page.
+    void (*store_key_value)(const float* key, const float* value, int64_t head_dim, int64_t value_stride, int64_t at, bool half,
+                            void* keys, void* values);
     void (*attend)(const AttendChunk& chunk);
     // Joins what a query saw in one chunk to what it saw before: all of its sums are scaled to the larger of the two tops.
     void (*join)(const float* mixed, float top, float total, int64_t count, float* all_mixed, float* all_top, float* all_total);

@@ -82,11 +82,12 @@ public:
         mixlocal::linear(table_, weight, &first, at<const float>(x), tokens, at<float>(out));
     }
 
-    void attention(const HeldAttention& layer, uintptr_t hidden, int64_t tokens, int64_t start, uintptr_t cos, uintptr_t sin,
-                   uintptr_t keys, uintptr_t values, int64_t capacity, int64_t value_stride, bool half) const {
-        const KeyValues cache = {at<void>(keys), at<void>(values), capacity, value_stride, half};
+    void attention(const HeldAttention& layer, uintptr_t hidden, int64_t count, uintptr_t starts, uintptr_t counts, uintptr_t pages,
+                   int64_t most_pages, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, int64_t value_stride, bool half) const {
+        const Sequences sequences = {count, at<const int64_t>(starts), at<const int64_t>(counts), at<const int64_t>(pages), most_pages};
+        const KeyValues cache = {at<void>(keys), at<void>(values), value_stride, half};
         const nb::gil_scoped_release unlocked;
-        mixlocal::attention(table_, layer.value, at<float>(hidden), tokens, start, at<const float>(cos), at<const float>(sin), cache);
+        mixlocal::attention(table_, layer.value, at<float>(hidden), sequences, at<const float>(cos), at<const float>(sin), cache);
     }
 
     void route(const HeldRouter& router, uintptr_t hidden, int64_t tokens, uintptr_t normed, uintptr_t ids, uintptr_t weights) const {

@@ -45,14 +45,23 @@ struct Attention {
     Matrix q, k, v, o;
     int64_t n_heads, n_kv_heads, head_dim, window;  // window: keys that a token sees, itself included; 0: all
 };
+// Pages of one layer's keys and values, any number of sequences'.
 struct KeyValues {
-    void* keys;    // [n_kv_heads][capacity / kPanel][head_dim][kPanel]
-    void* values;  // [n_kv_heads][capacity][value_stride]
-    int64_t capacity, value_stride;
+    void* keys;    // [pages][n_kv_heads][kPage / kPanel][head_dim][kPanel]
+    void* values;  // [pages][n_kv_heads][kPage][value_stride]
+    int64_t value_stride;
     bool half;
 };
-// hidden [tokens, dim] += attention(norm(hidden)); the tokens are at positions start, start + 1, ... cos, sin: [tokens, head_dim].
-void attention(const KernelTable& kernels, const Attention& layer, float* hidden, int64_t tokens, int64_t start, const float* cos,
+// The tokens of a pass are those of one sequence after the other.
+struct Sequences {
+    int64_t count;
+    const int64_t* starts;  // [count] the position of its first token
+    const int64_t* counts;  // [count] its tokens, at least one
+    const int64_t* pages;   // [count, most_pages] where its positions [kPage * i, kPage * (i + 1)) lie
+    int64_t most_pages;
+};
+// hidden [tokens, dim] += attention(norm(hidden)). cos, sin: [tokens, head_dim].
+void attention(const KernelTable& kernels, const Attention& layer, float* hidden, const Sequences& sequences, const float* cos,
                const float* sin, const KeyValues& cache);
 
 struct Router {
