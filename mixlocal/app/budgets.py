@@ -26,7 +26,8 @@ class RunOptions:
     was trained with. threads: None for every physical core this process may use. kv_dtype: a key of `KV_DTYPES`. ram:
     what the whole process may use, in bytes or as people write it ("12G", "80%"); None for all that is free. device:
     "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one that holds what is outside the experts. vram: as ram,
-    of the GPU. lookahead: read what the next layer is thought to need, where it pays.
+    of the GPU. lookahead: read what the next layer is thought to need, where it pays. sequences: the most that are
+    computed at once; they share the KV cache's memory.
     """
 
     context: int | None = None
@@ -37,6 +38,7 @@ class RunOptions:
     device: str = "auto"
     vram: int | str | None = None
     lookahead: bool = True
+    sequences: int = 1
 
     @property
     def gpu_name(self) -> str:
@@ -44,15 +46,13 @@ class RunOptions:
         return "cuda:0" if self.device == "auto" else self.device
 
 
-def plan_run(
-    models: Sequence[ModelBytes], hardware: Hardware, options: RunOptions, sequences: int = 1
-) -> MemoryPlan:
+def plan_run(models: Sequence[ModelBytes], hardware: Hardware, options: RunOptions) -> MemoryPlan:
     """What lies where. models: the same one with ever smaller temporaries; the first that fits is taken. With the
     device left to us, none of which fits a GPU that is there, it is planned without.
 
     Raises `MemoryBudgetError` if it cannot run, `UsageError` for a device or size that makes no sense.
     """
-    budgets = _budgets(hardware, options, sequences)
+    budgets = _budgets(hardware, options)
     choices = [budgets]
     if options.device == "auto" and options.vram is None and budgets.vram is not None:
         choices.append(replace(budgets, vram=None))
@@ -104,12 +104,12 @@ def check_top_k(config: ModelConfig, count: int | None) -> None:
         )
 
 
-def _budgets(hardware: Hardware, options: RunOptions, sequences: int) -> Budgets:
+def _budgets(hardware: Hardware, options: RunOptions) -> Budgets:
     free = hardware.ram_free + psutil.Process().memory_info().rss  # what this process has taken already is its own
     gpu = _gpu(hardware, options)
     ram = _within("--ram", options.ram, hardware.ram_total, free)
     vram = _within("--vram", options.vram, gpu.total, gpu.free) if gpu else None
-    return Budgets(ram, free, vram, options.context, sequences)
+    return Budgets(ram, free, vram, options.context, options.sequences)
 
 
 def _gpu(hardware: Hardware, options: RunOptions) -> Gpu | None:

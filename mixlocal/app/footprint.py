@@ -33,6 +33,7 @@ def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.
         record=layout.stride,
         scratch=scratch_bytes(config, recipe, CHUNKS[0]),
         chunk=CHUNKS[0],
+        logits=3 * FLOAT * config.vocab_size,
     )
 
 

@@ -21,7 +21,7 @@ from mixlocal.kernels import select
 from mixlocal.kernels.isa import MISSING, set_threads
 from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
-from mixlocal.model.kv_cache import KV_DTYPES, KVCache, own_cache
+from mixlocal.model.kv_cache import KV_DTYPES, KVCache, KVPool, own_cache, page_count
 from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.store.manifest import MANIFEST
@@ -77,6 +77,10 @@ class ModelRun:
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""
         return own_cache(self.config, limit, self.kv_dtype, self.device)
+
+    def new_pool(self) -> KVPool:
+        """For the caches of all sequences that run at once, each with up to `context` tokens."""
+        return KVPool(self.config, page_count(self.plan.kv_tokens), self.kv_dtype, self.device)
 
     def finish(self) -> None:
         """Let go of the experts and keep what was learnt of the routing. Does nothing the second time.

@@ -82,7 +82,7 @@ def find_subject(model: str, folders: Home) -> Subject:
     return Subject(manifest.name, manifest.variant, store_config(store), manifest.recipe, store)
 
 
-def look_into(subject: Subject, options: RunOptions, folders: Home, sequences: int = 1) -> Outlook:
+def look_into(subject: Subject, options: RunOptions, folders: Home) -> Outlook:
     """Plan and measure. Raises `MemoryBudgetError` if it cannot run, `UsageError` for an option it does not have."""
     config = subject.config
     check_context(config, options.context)
@@ -90,23 +90,23 @@ def look_into(subject: Subject, options: RunOptions, folders: Home, sequences: i
     router = replace(config.router, top_k=options.experts_per_token or config.router.top_k)
     hardware = probe(folders.models)
     set_threads(hardware.cores if options.threads is None else options.threads)
-    plan = plan_run(subject.nbytes(kv_dtype(options.kv_dtype)), hardware, options, sequences)
+    plan = plan_run(subject.nbytes(kv_dtype(options.kv_dtype)), hardware, options)
     look = look_up(plan, config.n_layers, router.top_k, _learnt_hits(subject, plan, folders))
     if plan.on_gpu:
         return Outlook(subject, hardware, plan, None, "", "with a GPU this version does not measure it")
     needed = rehearsal_bytes(config, subject.recipe)
     if needed > hardware.ram_free // 2:
         return Outlook(subject, hardware, plan, None, "", f"measuring takes {needed / 1e9:.1f} GB of memory")
-    speeds, disk = measure_speeds(replace(subject, config=replace(config, router=router)), plan, sequences)
+    speeds, disk = measure_speeds(replace(subject, config=replace(config, router=router)), plan)
     found = forecast(look, speeds)
     return Outlook(subject, hardware, plan, found, disk, "" if found else "nothing to measure the disk's speed with")
 
 
-def measure_speeds(subject: Subject, plan: MemoryPlan, sequences: int) -> tuple[Speeds, str]:
+def measure_speeds(subject: Subject, plan: MemoryPlan) -> tuple[Speeds, str]:
     """As they are now; and of what file the disk's speed is, for people."""
-    times = rehearse(subject.config, subject.recipe, sequences)
+    times = rehearse(subject.config, subject.recipe, plan.sequences)
     record, disk = _record_time(subject, plan)
-    return Speeds(sequences, times.layer, times.rest, record), disk
+    return Speeds(plan.sequences, times.layer, times.rest, record), disk
 
 
 def _bare(name: str, variant: Variant | None, config: ModelConfig) -> Subject:

@@ -19,10 +19,10 @@ from mixlocal.experts.runtime import ExpertCounts, Guess, Routing
 from mixlocal.experts.trace import RoutingTrace
 from mixlocal.kernels import Expert, Kernels, select
 from mixlocal.model.config import ModelConfig, RouterConfig
-from mixlocal.model.kv_cache import own_cache
+from mixlocal.model.kv_cache import KVCache, KVPool
 from mixlocal.model.load import trunk_weights
 from mixlocal.model.tensors import trunk_tensors
-from mixlocal.model.transformer import Transformer
+from mixlocal.model.transformer import Piece, Transformer
 from mixlocal.quant.format import ExpertLayout, QuantSpec
 from mixlocal.quant.quantize import empty
 from mixlocal.store.manifest import Recipe
@@ -48,10 +48,10 @@ def rehearse(config: ModelConfig, recipe: Recipe, sequences: int) -> StepTime:
     weights = trunk_weights(dict(_random_trunk(small, spec)), small, spec, "rehearsal")
     model = Transformer(small, weights, _RandomExperts(small, recipe, kernels), kernels)
     head = kernels.bind_head(weights.norm, weights.head, small.norm_eps)
-    hidden = torch.randn(1, small.dim)
+    hidden = torch.randn(sequences, small.dim)
     steps = _times(lambda step: _decode(model, small, sequences, step))
-    rest = sequences * _times(lambda _: head.logits(hidden))
-    return StepTime(max(0.0, steps - rest / sequences) / small.n_layers, rest)
+    rest = _times(lambda _: head.logits(hidden))
+    return StepTime(max(0.0, steps - rest) / small.n_layers, rest)
 
 
 def rehearsal_bytes(config: ModelConfig, recipe: Recipe) -> int:
@@ -104,8 +104,10 @@ def _random_trunk(config: ModelConfig, spec: QuantSpec) -> Iterator[tuple[str, t
 
 
 def _decode(model: Transformer, config: ModelConfig, sequences: int, step: int) -> None:
-    ids = torch.arange(step * sequences, (step + 1) * sequences) % config.vocab_size
-    model.forward(ids, own_cache(config, sequences))
+    """The first token of so many sequences."""
+    pool = KVPool(config, sequences)
+    ids = ((step * sequences + i) % config.vocab_size for i in range(sequences))
+    model.forward_many([Piece(KVCache(pool, 1), [token]) for token in ids])
 
 
 def _times(work: Callable[[int], object]) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypedDict, Unpack
 
+from mixlocal.app.batch.engine import Reply, Request
 from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.encoding import encode_prompt
@@ -45,6 +46,7 @@ class RunKeywords(TypedDict, total=False):
     device: str
     vram: int | str | None
     lookahead: bool
+    sequences: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,17 @@ class Session:
             yield Chunk(piece, event.choice)
         yield Chunk(finish="length", stats=clock.stats())
 
+    def batch(self, rows: Iterable[Request | str]) -> Iterator[Reply]:
+        """Answer many prompts, as many at once as `sequences` of `open` allows; replies come as they are ready.
+
+        rows: taken when there is room. A text stands for a message of a user, has the model's own sampling, and its
+        number for an id. What is wrong with one row is its reply's error.
+        """
+        from mixlocal.app.batch.local import LocalEngine
+
+        requests = (_request(number, row, self.defaults) for number, row in enumerate(rows))
+        return (event for event in LocalEngine(self).answer(requests) if isinstance(event, Reply))
+
     def expert_rates(self) -> tuple[list[list[float]], int]:
         """Share of the tokens computed lately that chose each expert, a row a layer; and of how many tokens."""
         trace = self.model.experts.trace
@@ -182,6 +195,10 @@ def _advance(
     if event.choice.id >= tokenizer.vocab_size:  # embeddings may be padded beyond the last token
         return "", False
     return scanner.push(text.push(event.choice.id))
+
+
+def _request(number: int, row: Request | str, defaults: SamplingParams) -> Request:
+    return Request(str(number), row, with_seed(defaults)) if isinstance(row, str) else row
 
 
 def _rest(text: TextStream, scanner: StopScanner) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def plan(options: Globals, /, model: str, batch: int, **given: Any) -> None:
     from mixlocal.app.planning import find_subject, look_into
 
     folders = options.folders()
-    outlook = look_into(find_subject(model, folders), run_options(given), folders, batch)
+    outlook = look_into(find_subject(model, folders), replace(run_options(given), sequences=batch), folders)
     if options.as_json:
         print_json(_as_dict(outlook))
     else:
@@ -57,7 +57,8 @@ def _table(outlook: Outlook) -> Table:
     plan = outlook.plan
     rows: list[tuple[str, str, int]] = []
     here = "GPU" if plan.on_gpu else "memory"
-    cache = f"{plan.sequences} x {plan.context} tokens" if plan.sequences > 1 else f"{plan.context} tokens"
+    several = f" that {plan.sequences} sequences of at most {plan.context} share" if plan.sequences > 1 else ""
+    cache = f"{plan.kv_tokens} tokens{several}"
     if plan.on_gpu:
         rows += [(f"{here}: experts", str(plan.gpu_slots), (plan.gpu_slots + plan.staging_slots) * plan.record_bytes)]
     rows += [
@@ -81,7 +82,7 @@ def _verdict(outlook: Outlook) -> str:
     plan = outlook.plan
     if not plan.disk_records:
         return f"It fits: all {plan.n_records} experts stay in memory."
-    whole = ceil((plan.ram_bytes + plan.disk_records * plan.record_bytes) / 1e6)
+    whole = ceil(plan.ram_for_all / 1e6)
     return (
         f"It runs with {plan.ram_slots + plan.gpu_slots} of {plan.n_records} experts at hand and reads the others "
         f"when they are chosen; --ram {whole}M --ctx {plan.context} would hold them all."

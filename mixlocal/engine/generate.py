@@ -41,7 +41,7 @@ def generate(
     What the cache holds of the prompt's beginning is not computed again, and what it holds beyond is forgotten. Raises
     `UsageError` for an empty prompt, `ContextOverflowError` if it does not fit.
     """
-    check_fits(prompt, cache)
+    check_fits(prompt, cache.limit)
     cache.keep(prompt[:-1])  # the last one is computed in any case: its logits are needed
     logits = torch.empty(0)
     yield Prefilled(cache.length, len(prompt), cache.length)
@@ -73,10 +73,10 @@ def decode_step(model: Transformer, token: int, cache: KVCache) -> torch.Tensor:
     return model.forward(torch.tensor([token]), cache)
 
 
-def check_fits(prompt: list[int], cache: KVCache) -> None:
+def check_fits(prompt: list[int], context: int) -> None:
     if not prompt:
         raise UsageError("the prompt is empty", "give some text")
-    if len(prompt) > cache.limit:
+    if len(prompt) > context:
         raise ContextOverflowError(
-            f"the prompt has {len(prompt)} tokens and the context holds {cache.limit}", "shorten it, or raise --ctx"
+            f"the prompt has {len(prompt)} tokens and the context holds {context}", "shorten it, or raise --ctx"
         )

@@ -12,16 +12,16 @@ from mixlocal.errors import MemoryBudgetError
 
 PREFILL_CHUNK = 512  # tokens of a prompt that go through the model at once, where memory has room for that
 BASE_BYTES = 280_000_000  # interpreter, libraries, threads: seen 230 to 275 MB
-CUDA_BYTES = 1_500_000_000  # of CUDA's libraries and context in this computer's memory: an estimate, not yet measured
+CUDA_BYTES = 1_350_000_000  # of CUDA's libraries and context here: 1.27 to 1.3 GB with CUDA 13 on an H200, bitsandbytes
 FEWEST_TOKENS = 4096  # of context that are kept room for before experts are, when none was asked for
-CONTEXT_SHARE = 16  # without a wish, the KV cache may take one part in so many of the budget
+CONTEXT_SHARE = 16  # without a wish, or for more than one sequence, the KV cache may take one part in so many
 GPU_STAGING = 2  # slots through which an expert passes that is copied to be used once
 
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
     """What a model takes. kv_token: of the KV cache, per token. record: one expert's. scratch: temporaries of
-    the largest forward pass, of `chunk` tokens."""
+    the largest forward pass, of `chunk` tokens of one sequence. logits: of each further sequence."""
 
     name: str
     trunk: int
@@ -32,16 +32,21 @@ class ModelBytes:
     record: int
     scratch: int
     chunk: int = PREFILL_CHUNK
+    logits: int = 0
 
     @property
     def n_records(self) -> int:
         return self.n_layers * self.n_experts
 
+    def scratch_of(self, sequences: int) -> int:
+        return self.scratch + (sequences - 1) * self.logits
+
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """Bytes that this process may use. ram: of its whole resident memory. vram: on the GPU, None without one.
-    free: of memory that nobody uses, `ram` included. context: tokens, None for what fits. sequences: at once."""
+    free: of memory that nobody uses, `ram` included. context: tokens, None for what fits. sequences: at once, which
+    share the KV cache."""
 
     ram: int
     free: int
@@ -54,6 +59,7 @@ class Budgets:
 class MemoryPlan:
     """What lies where, in bytes and slots of one expert each.
 
+    context: tokens that one sequence may have. kv_tokens: that all of them may have together.
     gpu_slots, ram_slots: experts that stay there; the others are read from disk when they are chosen.
     staging_slots: on the GPU, for experts that are copied to be used once.  chunk: tokens of a prompt at once.
     direct_io: reads pass by the page cache, which has no room for what the slots leave out.
@@ -64,6 +70,7 @@ class MemoryPlan:
     budget: int
     context: int
     sequences: int
+    kv_tokens: int
     base_bytes: int
     trunk_bytes: int
     kv_bytes: int
@@ -93,6 +100,16 @@ class MemoryPlan:
         return on_host if self.on_gpu else on_host + self.trunk_bytes + self.kv_bytes + self.scratch_bytes
 
     @property
+    def ram_for_all(self) -> int:
+        """With how much the same plan would have a slot for every expert."""
+        missing = self.disk_records * self.record_bytes
+        if self.on_gpu or self.sequences == 1:
+            return self.ram_bytes + missing
+        rest, token = self.ram_bytes - self.kv_bytes + missing, self.kv_bytes // self.kv_tokens
+        shared = min(rest + self.context * self.sequences * token, ceil(rest * CONTEXT_SHARE / (CONTEXT_SHARE - 1)))
+        return max(rest + self.context * token, shared)
+
+    @property
     def vram_bytes(self) -> int:
         slots = self.gpu_slots + self.staging_slots
         return self.trunk_bytes + self.kv_bytes + self.scratch_bytes + slots * self.record_bytes if self.on_gpu else 0
@@ -105,8 +122,9 @@ class MemoryPlan:
 def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
     """What lies where. Raises `MemoryBudgetError` naming the smallest budget that works."""
     context = budgets.context or _context(model, budgets)
-    kv = context * budgets.sequences * model.kv_token
-    fixed = model.trunk + kv + model.scratch
+    kv_tokens = max(context, min(context * budgets.sequences, _kv_room(model, budgets)))
+    kv, scratch = kv_tokens * model.kv_token, model.scratch_of(budgets.sequences)
+    fixed = model.trunk + kv + scratch
     gpu_slots = staging = 0
     base = BASE_BYTES
     host = base + fixed
@@ -126,19 +144,24 @@ def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
     cached = on_disk or ram_slots * model.record  # what a page cache would be asked to keep
     return MemoryPlan(
         name=model.name, on_gpu=budgets.vram is not None, budget=budgets.ram, context=context,
-        sequences=budgets.sequences, base_bytes=base, trunk_bytes=model.trunk, kv_bytes=kv,
-        scratch_bytes=model.scratch, chunk=model.chunk, record_bytes=model.record, n_records=model.n_records,
+        sequences=budgets.sequences, kv_tokens=kv_tokens, base_bytes=base, trunk_bytes=model.trunk, kv_bytes=kv,
+        scratch_bytes=scratch, chunk=model.chunk, record_bytes=model.record, n_records=model.n_records,
         gpu_slots=gpu_slots, ram_slots=ram_slots, staging_slots=staging, direct_io=budgets.free - used < cached,
     )  # fmt: skip
 
 
 def _context(model: ModelBytes, budgets: Budgets) -> int:
-    """The model's own, or what a part of the budget holds of it, as far as what must be there too leaves room."""
+    """The model's own, or as much of it as there is room for."""
+    return min(model.max_context, max(_kv_room(model, budgets), FEWEST_TOKENS))
+
+
+def _kv_room(model: ModelBytes, budgets: Budgets) -> int:
+    """Tokens of KV cache that a part of the budget holds, as far as what must be there too leaves room."""
     whole, others = budgets.ram, BASE_BYTES + model.n_experts * model.record
     if budgets.vram is not None:
         whole, others = budgets.vram, min(GPU_STAGING, model.n_records) * model.record
-    most = min(whole // CONTEXT_SHARE, whole - others - model.trunk - model.scratch)
-    return min(model.max_context, max(most // (model.kv_token * budgets.sequences), FEWEST_TOKENS))
+    others += model.trunk + model.scratch_of(budgets.sequences)
+    return max(0, min(whole // CONTEXT_SHARE, whole - others)) // model.kv_token
 
 
 def _slots(model: ModelBytes, nbytes: int) -> int:

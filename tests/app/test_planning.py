@@ -73,8 +73,8 @@ def config_only(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def outlook(model: str, folders: Home, sequences: int = 1, **options: object) -> Outlook:
-    return look_into(find_subject(model, folders), RunOptions(**options), folders, sequences)
+def outlook(model: str, folders: Home, **options: object) -> Outlook:
+    return look_into(find_subject(model, folders), RunOptions(**options), folders)
 
 
 CONFIGS = [name for name, entry in read_catalog().items() if entry.config]
@@ -310,22 +310,23 @@ def test_a_budget_is_a_part_of_all_memory_and_never_more_than_is_free() -> None:
 def test_a_rehearsal_takes_steps_of_so_many_tokens(
     experts: str, attention: str, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[int] = []
-    forward = Transformer.forward
+    steps: list[list[int]] = []
+    forward = Transformer.forward_many
     monkeypatch.setattr(
-        Transformer, "forward", lambda self, ids, cache: (steps.append(len(ids)), forward(self, ids, cache))[1]
+        Transformer,
+        "forward_many",
+        lambda self, pieces: (steps.append([len(piece.ids) for piece in pieces]), forward(self, pieces))[1],
     )
     times = rehearse(read_config(tiny.CONFIG, "tiny"), Recipe(experts, 16, attention), sequences)
     assert times.layer >= 0 < times.rest
-    assert set(steps) == {sequences}
+    assert all(step == [1] * sequences for step in steps)
 
 
-def test_a_step_is_its_layers_and_an_output_head_for_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of three tokens computes the head once, a step of three sequences three times."""
-    measured = iter((0.500, 0.030))  # the pass, then the head alone
+def test_a_step_is_its_layers_and_an_output_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter((0.500, 0.030))  # the step, then the head alone
     monkeypatch.setattr(rehearsal, "_times", lambda _: next(measured))
     times = rehearse(read_config(tiny.CONFIG, "tiny"), recipe_for("q4"), 3)
-    assert (times.layer, times.rest) == pytest.approx((0.470 / 2, 0.090))
+    assert (times.layer, times.rest) == pytest.approx((0.470 / 2, 0.030))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

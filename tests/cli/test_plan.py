@@ -19,7 +19,7 @@ from mixlocal.store.expert_file import ExpertFile
 GB = 10**9
 MIXTRAL = "mixtral-8x7b-instruct"
 PLAN_FIELDS = {
-    "name", "on_gpu", "budget", "context", "sequences", "base_bytes", "trunk_bytes", "kv_bytes", "scratch_bytes",
+    "name", "on_gpu", "budget", "context", "sequences", "kv_tokens", "base_bytes", "trunk_bytes", "kv_bytes", "scratch_bytes",
     "chunk", "record_bytes", "n_records", "gpu_slots", "ram_slots", "staging_slots", "direct_io", "disk_records",
     "ram_bytes", "vram_bytes",
 }  # fmt: skip
@@ -94,7 +94,7 @@ def test_several_sequences_at_once(run) -> None:
     assert (four["plan"]["sequences"], four["forecast"]["speeds"]["sequences"]) == (4, 4)
     assert four["forecast"]["look"]["experts"] == pytest.approx(32 * 8 * (1 - 0.75**4))
     text = run("plan", MIXTRAL, "--ctx", "4096", "--batch", "4").out
-    assert "KV cache, 4 x 4096 tokens" in text
+    assert "KV cache, 16384 tokens that 4 sequences of at most 4096 share" in text
     assert "of 4 sequences together" in text
 
 

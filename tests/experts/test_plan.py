@@ -69,12 +69,19 @@ def test_a_context_nobody_asked_for_leaves_room_for_what_must_be_there() -> None
         plan_memory(cheap, Budgets(smallest - 1, 100 * GB))
 
 
-def test_every_sequence_has_a_cache_of_its_own() -> None:
-    one, four = plan(5 * GB), plan(5 * GB, sequences=4)
-    assert (one.kv_bytes, four.kv_bytes) == (100 * MB, 400 * MB)
-    assert one.ram_slots == 32
-    assert plan(HOST + 16 * 50 * MB, sequences=4).ram_slots == 10
-    assert plan(32 * GB, context=None, sequences=4).context == 5000
+def test_sequences_share_a_part_of_the_budget() -> None:
+    """Each has its whole context as long as that is no more than a sixteenth; one always has it."""
+    one, three, four = plan(5 * GB), plan(5 * GB, sequences=3), plan(5 * GB, sequences=4)
+    assert (one.kv_bytes, three.kv_bytes) == (100 * MB, 300 * MB)
+    assert (four.context, four.kv_tokens, four.kv_bytes) == (1000, 3125, 3125 * 100_000)
+    assert four.scratch_bytes == one.scratch_bytes
+    assert plan_memory(replace(TOY, logits=MB), Budgets(5 * GB, 100 * GB, context=1000, sequences=4)).scratch_bytes == (
+        one.scratch_bytes + 3 * MB
+    )
+    small = plan(HOST + 16 * 50 * MB, sequences=4)
+    assert small.kv_tokens == max(1000, small.budget // 16 // 100_000)
+    unasked = plan(32 * GB, context=None, sequences=4)
+    assert (unasked.context, unasked.kv_tokens) == (plan(32 * GB, context=None).context, 20_000)
 
 
 @pytest.mark.parametrize(("ram", "used", "cached"), [(5 * GB, 3070 * MB, 1600 * MB), (2500 * MB, 2470 * MB, 600 * MB)])
@@ -172,7 +179,8 @@ def test_a_plan_stays_within_its_budgets(model: ModelBytes, budgets: Budgets) ->
 @settings(max_examples=200, deadline=None)
 @given(models, whole_budgets, st.integers(0, 100 * GB), st.integers(0, 100 * GB))
 def test_more_memory_never_holds_fewer_experts(model: ModelBytes, budgets: Budgets, ram: int, vram: int) -> None:
-    budgets = enough(model, replace(budgets, context=budgets.context or 4096))
+    """Of one sequence: several would take a part of it."""
+    budgets = enough(model, replace(budgets, context=budgets.context or 4096, sequences=1))
     larger = replace(budgets, ram=budgets.ram + ram, vram=None if budgets.vram is None else budgets.vram + vram)
     little, much = plan_memory(model, budgets), plan_memory(model, larger)
     assert much.gpu_slots >= little.gpu_slots

@@ -11,7 +11,7 @@
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 16, kTileGroups = 2, kTileTokens = 6, kFloatRows = 4, kFloatTokens = 6, kAttendRows = 6, kScorePanels = 2, kMixVectors = 4;
+constexpr int kLanes = 16, kTileGroups = 2, kTileTokens = 6, kDotTokens = 4, kFloatRows = 4, kFloatTokens = 6, kAttendRows = 6, kScorePanels = 2, kMixVectors = 4;
 constexpr int kPrefetchBytes = 8192;
 
 typedef __m512 Floats;

@@ -11,7 +11,7 @@
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 8, kTileGroups = 2, kTileTokens = 4, kFloatRows = 4, kFloatTokens = 2, kAttendRows = 4, kScorePanels = 1, kMixVectors = 2;
+constexpr int kLanes = 8, kTileGroups = 2, kTileTokens = 4, kDotTokens = 4, kFloatRows = 4, kFloatTokens = 2, kAttendRows = 4, kScorePanels = 1, kMixVectors = 2;
 constexpr int kPrefetchBytes = 4096;
 
 struct Floats { float32x4_t low, high; };

@@ -13,7 +13,7 @@
 namespace mixlocal {
 namespace {
 
-constexpr int kLanes = 8, kTileGroups = 1, kTileTokens = 2, kFloatRows = 1, kFloatTokens = 1, kAttendRows = 1, kScorePanels = 1, kMixVectors = 1;
+constexpr int kLanes = 8, kTileGroups = 1, kTileTokens = 2, kDotTokens = 1, kFloatRows = 1, kFloatTokens = 1, kAttendRows = 1, kScorePanels = 1, kMixVectors = 1;
 constexpr int kPrefetchBytes = 256;
 
 struct Floats { float lane[kLanes]; };
