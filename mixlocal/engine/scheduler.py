@@ -85,6 +85,7 @@ class Scheduler:
         assert generation.room > 0
         assert page_count(generation.most_tokens) <= self._pool.pages
         self.waiting.append(generation)
+        self._let_in()
 
     def cancel(self, generation: Generation) -> None:
         """End it, if it has not ended."""
@@ -92,15 +93,17 @@ class Scheduler:
             self._end(generation)
         elif generation in self.waiting:
             self.waiting.remove(generation)
+        self._let_in()
 
     def step(self) -> list[Event]:
-        """Let in who fits, run one pass, choose a token for everyone whose prompt is read."""
-        self._let_in()
+        """Run one pass, choose a token for everyone whose prompt is read, and let in who fits then."""
         pieces = self._share_out()
         if not pieces:
             return []
         logits = self._model.forward_many(list(pieces.values()))
-        return [self._advance(*ran) for ran in zip(pieces, logits, strict=True)]
+        events = [self._advance(*ran) for ran in zip(pieces, logits, strict=True)]
+        self._let_in()
+        return events
 
     def _let_in(self) -> None:
         while self.waiting and len(self.running) < self._most_running:
