@@ -44,14 +44,18 @@ class Sampler:
         peak = logits.max().item()
         if not math.isfinite(peak):
             raise CorruptError(f"the model computed {peak} after {len(history)} tokens", "check it: mixlocal verify")
-        logprobs = torch.log_softmax(logits, dim=-1)
+        normaliser = torch.logsumexp(logits, dim=-1)
         penalised = self._constrained(penalise(logits, history, self.params.repeat_penalty))
         token = int(penalised.argmax()) if self.params.temperature == 0 else self._draw(penalised)
         if self._constraint is not None:
             self._constraint.accept(token)
-        top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
-        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return Choice(token, logprobs[token].item(), pairs)
+        return Choice(token, (logits[token] - normaliser).item(), self._likeliest(logits, normaliser))
+
+    def _likeliest(self, logits: torch.Tensor, normaliser: torch.Tensor) -> tuple[tuple[int, float], ...]:
+        if not self.params.logprobs:
+            return ()
+        top = logits.topk(min(self.params.logprobs, len(logits)))
+        return tuple(zip(top.indices.tolist(), (top.values - normaliser).tolist(), strict=True))
 
     def _constrained(self, logits: torch.Tensor) -> torch.Tensor:
         if self._constraint is None:
@@ -84,26 +88,31 @@ def keep_likely(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     top-p: the smallest set whose probability reaches it (arXiv 1904.09751).
     min-p: at least that share of the likeliest token's probability (arXiv 2407.01082).
     """
-    scores = logits.double() / params.temperature
-    ids = _candidates(scores, params)
-    kept, order = torch.sort(scores[ids], descending=True, stable=True)
+    ids = _largest(logits, params.top_k) if params.top_k else None
+    scores = (logits if ids is None else logits[ids]).double()
+    weights = scores.sub_(logits.max()).div_(params.temperature).exp_()  # of the likeliest: 1
+    total = weights.sum()
+    if ids is None:  # sorting a few is several times faster than the vocabulary
+        ids = (weights >= _floor(params, float(total), len(weights))).nonzero().flatten()
+        weights = weights[ids]
+    weights, order = torch.sort(weights, descending=True, stable=True)
     ids = ids[order]
-    if params.top_k:
-        kept, ids = kept[: params.top_k], ids[: params.top_k]
-    probabilities = torch.exp(kept - torch.logsumexp(kept if params.top_k else scores, dim=0))
+    if params.top_k and len(ids) > params.top_k:  # of equals, those that come first
+        weights, ids = weights[: params.top_k], ids[: params.top_k]
+        total = weights.sum()
+    probabilities = weights / total
     before = probabilities.cumsum(0) - probabilities
     keep = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
     keep[0] = True
     return probabilities[keep], ids[keep]
 
 
-def _candidates(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Ids, ascending, among which all survivors are: sorting them alone is several times faster than the vocabulary.
+def _largest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids, ascending, of the `count` largest and of all that equal the last of them."""
+    return (logits >= logits.topk(min(count, len(logits))).values[-1]).nonzero().flatten()
 
-    Tokens below (1 - top_p) / V add up to less than 1 - top_p, so those above reach top_p without them.
-    """
-    if params.top_k:
-        return (scores >= scores.topk(min(params.top_k, len(scores))).values[-1]).nonzero().flatten()
-    probabilities = torch.softmax(scores, dim=-1)
-    floor = max(params.min_p * probabilities.max().item(), (1 - params.top_p) / len(scores))
-    return (probabilities >= floor).nonzero().flatten()
+
+def _floor(params: SamplingParams, total: float, size: int) -> float:
+    """A weight that all survivors reach: tokens below (1 - top_p) / size of the total add up to less than 1 - top_p of
+    it, so those above reach top_p without them."""
+    return max(params.min_p, total * (1 - params.top_p) / size)
