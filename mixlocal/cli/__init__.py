@@ -27,6 +27,7 @@ COMMANDS = {
     "quantize": ("quantize", "Quantize a checkpoint folder into a model store."),
     "prompt": ("prompt", "Answer one prompt."),
     "chat": ("chat", "Talk with a model."),
+    "batch": ("batch", "Answer every row of a file; stopped or killed, it goes on where it was."),
     "run": ("run", "As `prompt` with a text, as `chat` without."),
     "sessions": ("sessions", "List, search, export or remove saved chats."),
     "plan": ("plan", "Tell what of a model would lie where, and how fast it would be."),

@@ -17,6 +17,7 @@ ONE_OFF = {
     "force": "it overrules one refusal",
     "fresh": "it throws away what one command has done so far",
     "dry-run": "it keeps one command from doing its work",
+    "print-sky-task": "it is a question",
     "help": "it is a question",
     "version": "it is a question",
 }
