@@ -206,7 +206,7 @@ def _finish(options: Globals, job: Batch, folder: BatchFolder, order: Order, *, 
     progress = job.progress
     if not worked:
         say(options, f"all rows were done; {folder.out} {'is written anew' if written else 'is as it should be'}")
-    parts = [f"{progress.total - progress.failed} answers, {progress.failed} failures in {folder.out}"]
+    parts = [f"{progress.total - progress.failed} answers, {progress.failed} failed in {folder.out}"]
     if progress.answered:
         parts += [span(progress.seconds), *speeds(progress)]
     say(options, " · ".join(parts))

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from mixlocal.cli.options import Globals, run_options, sampling_params
 from mixlocal.cli.prompt_input import read_file
-from mixlocal.cli.prompt_request import _read_form
+from mixlocal.cli.prompt_request import read_answer_form
 from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read_source(folder: BatchFolder, paths: Paths, given: dict[str, Any]) -> Sou
     from mixlocal.app.batch.source import Source, detect_format
 
     template, sampling = read_template(given["template"]), sampling_of(given)
-    form = _read_form(given)
+    form = read_answer_form(given)
     path = _readable(folder, paths)
     kind = detect_format(path, paths.name) if given["input_format"] == "auto" else given["input_format"]
     if template is not None and kind == "openai":

@@ -108,7 +108,7 @@ class Request:
 def read_request(options: Globals, words: tuple[str, ...], given: dict[str, Any]) -> Request:
     """Raises `UsageError` for what makes no sense or is no text, and what reading files may raise."""
     _check(options, given)
-    form = _read_form(given)
+    form = read_answer_form(given)
     system = read_system(given)
     sources = [Source(read_file(name), "" if given["raw"] else name) for name in given["files"]]
     piped = read_piped(options)
@@ -149,7 +149,7 @@ def _check_range(request: Request) -> None:
     request.params(SamplingParams())
 
 
-def _read_form(given: dict[str, Any]) -> JsonForm | None:
+def read_answer_form(given: dict[str, Any]) -> JsonForm | None:
     if given["schema"] is None and not given["json_object"]:
         return None
     from mixlocal.app.json_form import ANY_OBJECT, read_form

@@ -27,7 +27,7 @@ from mixlocal.errors import (
     RefusedError,
     UsageError,
 )
-from mixlocal.store.http import REDIRECTS, Endpoint, _is_loopback, _pool, _proxy_for, describe, retry_after
+from mixlocal.store.http import REDIRECTS, Endpoint, connection_pool, describe, is_loopback, proxy_for, retry_after
 from mixlocal.store.live_sockets import LiveSockets
 from mixlocal.store.patience import Cancellation, Patience, TryAgainError
 
@@ -77,7 +77,7 @@ class ApiAddress:
 
     @property
     def is_here(self) -> bool:
-        return _is_loopback(urlsplit(self.url).hostname or "")
+        return is_loopback(urlsplit(self.url).hostname or "")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -96,7 +96,7 @@ class ChatApi:
         self.address, self.patience, self.cancellation = address, patience, cancellation
         self.reached = False  # whether anyone has ever answered
         self._sockets = LiveSockets()
-        self._pool = _pool("" if address.is_here else _proxy_for(address.url), connections)
+        self._pool = connection_pool("" if address.is_here else proxy_for(address.url), connections)
         self._pool.pool_classes_by_scheme = self._sockets.pools
 
     def models(self) -> list[str]:

@@ -47,7 +47,7 @@ class Endpoint:
     @property
     def safe_for_token(self) -> bool:
         parts = urlsplit(self.url)
-        return parts.scheme == "https" or _is_loopback(parts.hostname or "")
+        return parts.scheme == "https" or is_loopback(parts.hostname or "")
 
     def headers_for(self, url: str) -> dict[str, str]:
         if self.token and self.safe_for_token and self.is_ours(url):
@@ -137,9 +137,9 @@ class Client:
             raise TryAgainError(describe(error)) from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
-        proxy = _proxy_for(url)
+        proxy = proxy_for(url)
         if proxy not in self._pools:
-            self._pools[proxy] = _pool(proxy, self._connections)
+            self._pools[proxy] = connection_pool(proxy, self._connections)
         return self._pools[proxy]
 
 
@@ -185,12 +185,12 @@ def describe(error: BaseException) -> str:
             return "the name of the server cannot be resolved"
         case urllib3.exceptions.ProxyError():
             return "the proxy does not let us through"
+        case urllib3.exceptions.NewConnectionError():  # a kind of the next
+            return "no connection"
         case urllib3.exceptions.ConnectTimeoutError():
             return "no connection in time"
         case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
             return "no data in time"
-        case urllib3.exceptions.NewConnectionError():
-            return "no connection"
         case urllib3.exceptions.SSLError() | ssl.SSLError():
             return f"TLS failed ({_inner(error)})"
         case urllib3.exceptions.IncompleteRead():
@@ -235,14 +235,14 @@ def _origin(url: str) -> Origin:
     return parts.scheme, parts.hostname, port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _proxy_for(url: str) -> str:
+def proxy_for(url: str) -> str:
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     if urllib.request.proxy_bypass(parts.netloc):
@@ -250,7 +250,7 @@ def _proxy_for(url: str) -> str:
     return proxies.get(parts.scheme) or proxies.get("all") or ""
 
 
-def _pool(proxy: str, connections: int) -> urllib3.PoolManager:
+def connection_pool(proxy: str, connections: int) -> urllib3.PoolManager:
     if not proxy:
         return urllib3.PoolManager(maxsize=connections)
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")

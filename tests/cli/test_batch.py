@@ -60,7 +60,7 @@ def test_all_rows(run, work: Path, double: Double) -> None:
     result = run(*BATCH, "--seed", "5")
     assert (result.code, result.out) == (0, "")
     assert "10 rows · seed 5" in result.err
-    assert "10 answers, 0 failures in out.jsonl" in result.err
+    assert "10 answers, 0 failed in out.jsonl" in result.err
     assert len(lines()) == 10
     assert double.closed
 
@@ -82,7 +82,7 @@ def test_10_failed_rows(run, work: Path, double: Double) -> None:
     result = run(*BATCH)
     assert (result.code, result.out) == (10, "")
     assert "1 cannot be asked" in result.err
-    assert "9 answers, 2 failures in out.jsonl" in result.err
+    assert "9 answers, 2 failed in out.jsonl" in result.err
     assert "--retry-errors" in result.err
     assert run(*BATCH).code == 10
     double.behaviour.fails = "$^"
