@@ -11,21 +11,24 @@ import torch
 
 from mixlocal.errors import MemoryBudgetError
 from mixlocal.kernels import Expert, Kernels, select
-from mixlocal.quant.format import ExpertWeights, QuantTensor
+from mixlocal.quant.format import ExpertWeights, QuantSpec, QuantTensor
 from mixlocal.store.memory import page_memory
 
 POISON = 0xFF  # as a 16-bit float a NaN, so one wrong byte of scales spoils a token
 
 
 class SimulatedDevice:
-    """budget: bytes.  seconds_per_copy: until a copy has arrived, whoever waits for it."""
+    """budget: bytes.  seconds_per_copy: until a copy has arrived, whoever waits for it.  as_host: with its bits."""
 
-    def __init__(self, budget: int, seconds_per_copy: float = 0.0) -> None:
+    def __init__(self, budget: int, seconds_per_copy: float = 0.0, *, as_host: bool = True) -> None:
         self._kernels: Kernels = select("cpu")
-        self._budget, self._seconds = budget, seconds_per_copy
+        self._budget, self._seconds, self._as_host = budget, seconds_per_copy, as_host
         self._under_way: list[SimulatedCopy] = []
         self._memory = torch.empty(0, dtype=torch.uint8)
         self.copies = 0
+
+    def computes_as(self, kernels: Kernels, spec: QuantSpec) -> bool:
+        return self._as_host
 
     def bind(self, weights: ExpertWeights) -> Expert:
         assert isinstance(weights.w1, QuantTensor)

@@ -5,6 +5,7 @@ Both ways run beside each other, so the slower one decides: work is shared out s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class Costs:
 
     def host(self, tokens: int) -> float:
         return self.host_fixed + self.host_token * (tokens - 1)
+
+
+MOVE_ALL = Costs(math.inf, 0.0, 0.0)  # nothing is computed on the host
 
 
 def worth_moving(costs: Costs, tokens: Mapping[int, int]) -> list[int]:

@@ -6,14 +6,16 @@ may be read.
 
 from __future__ import annotations
 
-from typing import Protocol
+import weakref
+from typing import Any, Protocol
 
 import torch
 
 from mixlocal.errors import MemoryBudgetError
-from mixlocal.kernels import Expert
+from mixlocal.kernels import Expert, Kernels
 from mixlocal.kernels.cuda import CudaKernels, check_device
-from mixlocal.quant.format import ExpertWeights
+from mixlocal.quant.format import ExpertWeights, QuantSpec
+from mixlocal.store.memory import page_memory
 
 
 class Copy(Protocol):
@@ -27,6 +29,9 @@ class Copy(Protocol):
 
 
 class Device(Protocol):
+    def computes_as(self, kernels: Kernels, spec: QuantSpec) -> bool:
+        """Whether `expert` gives the bits of this computer's `kernels` for experts of that format."""
+
     def bind(self, weights: ExpertWeights) -> Expert:
         """An expert in a slot of `memory`, whose bytes are read at every use."""
 
@@ -59,6 +64,10 @@ class CudaDevice:
         self._device = torch.device(name)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
+    def computes_as(self, kernels: Kernels, spec: QuantSpec) -> bool:
+        """See `Device.computes_as`."""
+        return self._kernels.computes_as(kernels, spec)
+
     def bind(self, weights: ExpertWeights) -> Expert:
         """See `Device.bind`."""
         return self._kernels.bind_expert(weights)
@@ -75,11 +84,13 @@ class CudaDevice:
             raise _no_memory("the GPU", "--vram", nbytes) from error
 
     def host_memory(self, nbytes: int) -> torch.Tensor:
-        """See `Device.host_memory`: pinned."""
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise _no_memory("the system", "--ram", nbytes) from error
+        """See `Device.host_memory`: pinned as long as this device lives. PyTorch's own would take a power of two."""
+        memory = page_memory(nbytes)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0)):
+            raise _no_memory("the system", "--ram", nbytes)
+        weakref.finalize(self, _unpin, memory)
+        return memory
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """See `Device.copy`."""
@@ -91,8 +102,8 @@ class CudaDevice:
         return _CudaCopy(event, self._device)
 
     def upload(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Device.upload`."""
-        return x.to(self._device)
+        """See `Device.upload`; the caller does not wait for what is being computed."""
+        return x.to(self._device, non_blocking=True)
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
@@ -108,6 +119,11 @@ class _CudaCopy:
 
     def finish(self) -> None:
         self._event.synchronize()
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(memory.data_ptr())
 
 
 def _no_memory(what: str, option: str, nbytes: int) -> MemoryBudgetError:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mixlocal.experts.balance import Costs, measure_costs, worth_moving
+from mixlocal.experts.balance import MOVE_ALL, Costs, measure_costs, worth_moving
 from mixlocal.experts.device import Copy, Device
-from mixlocal.experts.host_tier import HostTier, Part, add_up
+from mixlocal.experts.host_tier import FIRST, HostTier, Part, add_up
 from mixlocal.experts.passes import Passes
 from mixlocal.experts.profile import RoutingProfile
 from mixlocal.experts.residency import NOWHERE, Residency
@@ -32,7 +32,8 @@ class TierSlots:
 
 class OffloadedExperts:
     """The hottest experts stay on the device and are computed there. One in host memory is computed by the host, or
-    copied and computed on the device, whichever ends sooner beside all else (`balance`). A copy that turns out much
+    copied and computed on the device, whichever ends sooner beside all else (`balance`); where the two would not give
+    the same bits, it is always copied, for where an expert lies must not decide a token. A copy that turns out much
     hotter than a resident takes its place: the host's slot is then free, and the one that goes is dropped.
     """
 
@@ -66,7 +67,8 @@ class OffloadedExperts:
         self._broken = False
         keys = range(manifest.n_layers * manifest.n_experts)
         hottest = profile.hottest() if profile else sorted(keys, key=lambda key: key % manifest.n_experts)
-        self._costs = costs or self._measure(manifest.dim, hottest[0])
+        self._host_computes = device.computes_as(kernels, manifest.layout.spec)
+        self._costs = (costs or self._measure(manifest.dim, hottest[0])) if self._host_computes else MOVE_ALL
         self._fill(hottest[: slots.staying])
         self._host.preload(hottest[slots.staying :])
 
@@ -84,17 +86,19 @@ class OffloadedExperts:
         late = {read.key for read in reads}
         tokens = {key: int((chosen.experts == key % self._n_experts).sum()) for key in others}
         moved = self._move({key: tokens[key] for key in others if key not in late}, keys)
-        parts = {key: self._device_part(key, x, chosen) for key in (*resident, *moved)}
+        parts = {key: self._device_part(key, x, routing, chosen) for key in (*resident, *moved)}
         if guess is not None and self._host.most_prefetches and self._passes.looks_ahead:
             guessed = self._passes.guess_next(layer + 1, guess)
             self._host.look_ahead([key for key in guessed if self._residency.find(key) == NOWHERE], others)
-        here = x.cpu() if len(others) > len(moved) else x
+        here = x.cpu() if self._host_computes and len(others) > len(moved) else x
         for key in others:
             if key not in late and key not in moved:
-                parts[key] = self._host_part(key, here, chosen)
+                parts[key] = self._stayed_part(key, here, routing, chosen)
         for key in self._host.arrivals(reads):
             moves = self._move({key: tokens[key]}, keys)
-            parts[key] = self._device_part(key, x, chosen) if moves else self._host_part(key, here, chosen)
+            parts[key] = (
+                self._device_part(key, x, routing, chosen) if moves else self._stayed_part(key, here, routing, chosen)
+            )
         out = add_up(x, parts)
         self._host.confirm()  # before a copy becomes the only one
         self._settle_copies()
@@ -133,23 +137,37 @@ class OffloadedExperts:
                 self._host.residency.release(key)
         self._copies.clear()
 
-    def _device_part(self, key: int, x: torch.Tensor, chosen: Routing) -> Part:
+    def _device_part(self, key: int, x: torch.Tensor, routing: Routing, chosen: Routing) -> Part:
+        """routing: on the device.  chosen: the same on the host."""
         if key in self._copies:
             self._copies[key].await_on_device()
-        tokens, ranks = (chosen.experts == key % self._n_experts).nonzero(as_tuple=True)
+        bound, expert = self._bound[self._residency.find(key)], key % self._n_experts
+        if x.shape[0] == 1:  # decoding: nothing to upload
+            rank = chosen.experts[0].tolist().index(expert)
+            return FIRST, self._device.expert(x, bound) * routing.weights[:, rank : rank + 1]
+        tokens, ranks = (chosen.experts == expert).nonzero(as_tuple=True)
         weights = self._device.upload(chosen.weights[tokens, ranks].unsqueeze(1))
         places = self._device.upload(tokens)
-        return places, self._device.expert(x[places], self._bound[self._residency.find(key)]) * weights
+        return places, self._device.expert(x[places], bound) * weights
 
-    def _host_part(self, key: int, x: torch.Tensor, chosen: Routing) -> Part:
-        tokens, part = self._host.part(key, x, chosen)
-        return self._device.upload(tokens), self._device.upload(part)
+    def _stayed_part(self, key: int, x: torch.Tensor, routing: Routing, chosen: Routing) -> Part:
+        """Of an expert that was not moved: computed by the host; or moved after all, once a slot is free."""
+        if self._host_computes:
+            tokens, part = self._host.part(key, x, chosen)
+            return self._device.upload(tokens), self._device.upload(part)
+        if not self._residency.free:
+            self._host.confirm()
+            self._settle_copies()  # what goes may be in use, but a copy begins behind that
+        self._copies[key] = self._copy(key, ())
+        self.counts.copies += 1
+        return self._device_part(key, x, routing, chosen)
 
     def _fill(self, hottest: list[int]) -> None:
         """Put the hottest on the device, through as many host slots as a layer has experts."""
         for first in range(0, len(hottest), self._n_experts):
             for key in self._host.fetch(hottest[first : first + self._n_experts]):
                 self._copies[key] = self._copy(key, ())
+            self._host.confirm()  # before a slot that is still being checked is free for another
             self._settle_copies()
 
     def _recover(self) -> None:
@@ -164,6 +182,7 @@ class OffloadedExperts:
     def _measure(self, dim: int, key: int) -> Costs:
         """With one expert that is read for this."""
         list(self._host.fetch([key]))
+        self._host.confirm()
         x = self._device.upload(torch.randn(1, dim))
 
         def host(tokens: int) -> None:

@@ -69,9 +69,9 @@ class Step:
     is 2, then three at positions 0, 1, 2 of one whose first page is 4. Tables are filled up with any number.
     """
 
-    starts: torch.Tensor  # int64 [N], in this computer's memory, as the two below
+    starts: torch.Tensor  # int64 [N], in this computer's memory, as the next
     counts: torch.Tensor  # int64 [N]
-    pages: torch.Tensor  # int64 [N, P]
+    pages: torch.Tensor  # int64 [N, P], where the cache lies
     cos: torch.Tensor  # [T, d]
     sin: torch.Tensor  # [T, d]
 

@@ -1,57 +1,89 @@
-"""Kernels for a GPU: bitsandbytes reads four-bit weights as a store holds them, PyTorch does the rest."""
+"""Kernels for a GPU: Triton's, or bitsandbytes' where there is no Triton, and PyTorch for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeGuard
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from subprocess import SubprocessError
+from typing import TypeGuard, cast
 
 import torch
 
 from mixlocal.errors import UsageError
+from mixlocal.kernels import Expert, Kernels
 from mixlocal.kernels.checks import check_linear
+from mixlocal.kernels.integer import integer_linear
 from mixlocal.kernels.reference import ReferenceKernels
-from mixlocal.quant.format import BLOCK_SIZE, Kind, QuantSpec, QuantTensor, Weight
+from mixlocal.quant.format import BLOCK_SIZE, ExpertWeights, Kind, QuantSpec, QuantTensor, Weight
 from mixlocal.quant.quantize import row_chunks
 
 FOUR_BIT: tuple[Kind, ...] = ("nf4", "fp4")
 FEW_TOKENS = 7  # as many float32 rows as bitsandbytes multiplies straight from the codes
 CHUNK_ELEMENTS = 1 << 24  # dequantized at once for more tokens: 64 MB, and few launches for a matrix of an expert
+OLDEST = (8, 0)  # compute capability: Ampere's, whose matrix units take int8 and bfloat16
 ALIGNMENT = 16  # bytes that its kernel loads at once
 TOLERANCE = 0.01  # of a product's norm: wrong kernels are off by about 1, a setting that allows TF32 by 1e-3
 INSTALL = "pip install 'bitsandbytes>=0.50' into mixlocal's environment, or use cpu"
 DIAGNOSE = f"python -m bitsandbytes tells what it finds; {INSTALL}"
 
 
-class CudaKernels(ReferenceKernels):
-    """The reference's arithmetic, float32 throughout, with four-bit codes read by bitsandbytes where they lie.
+@dataclass(frozen=True, slots=True)
+class TritonProducts:
+    """See `cuda_linear`."""
 
-    Half precision is further off (float16 by 3e-4 of a product's norm, bfloat16 by 3e-3) and gains nothing for few
-    tokens, which wait for the codes. int8 and bfloat16 weights are multiplied as the reference does it: LLM.int8 would
-    round a whole row of activations to int8, 1 % off, and 7 % where two columns are 40 times the others.
+    multiply: Callable[[torch.Tensor, Weight], torch.Tensor]
+    expert: Callable[[torch.Tensor, ExpertWeights], torch.Tensor]
+
+
+class CudaKernels(ReferenceKernels):
+    """With Triton, what `CpuKernels` computes with four-bit and int8 weights, to the bit, and float32 sums of exact
+    products with bfloat16 ones: a row's products do not depend on the rows beside it.
+
+    With bitsandbytes, the reference's arithmetic, float32 throughout, with four-bit codes read where they lie. Half
+    precision is further off (float16 by 3e-4 of a product's norm, bfloat16 by 3e-3) and gains nothing for few tokens,
+    which wait for the codes. int8 and bfloat16 weights are multiplied as the reference does it: LLM.int8 would round a
+    whole row of activations to int8, 1 % off, and 7 % where two columns are 40 times the others.
     """
 
-    def __init__(self, device: str) -> None:
-        """Raises `UsageError` if bitsandbytes is missing or does not compute right on `device`."""
+    def __init__(self, device: str, *, triton: bool = True) -> None:
+        """triton: False for bitsandbytes. Raises `UsageError` if neither is there and computes right on `device`."""
         self._device = device
-        _import_bitsandbytes()
-        check_products(self, device)
+        self._triton = triton_products(device) if triton and device != "cpu" else None
+        if self._triton is None:
+            _import_bitsandbytes()
+            check_products(self, device)
 
     @property
     def name(self) -> str:
-        return self._device
+        return f"{self._device} {'triton' if self._triton else 'bitsandbytes'}"
+
+    def computes_as(self, kernels: Kernels, spec: QuantSpec) -> bool:
+        """Whether experts of that format give the bits that `kernels` give; the scalar ones round SwiGLU otherwise."""
+        compiled = kernels.name.startswith("cpu-") and kernels.name != "cpu-scalar"
+        return self._triton is not None and compiled and spec.kind != "bf16"
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See `Kernels.linear`."""
         check_linear(x, weight)
+        if self._triton and (isinstance(weight, QuantTensor) or weight.dtype == torch.bfloat16):
+            return self._triton.multiply(x, weight)
         if not (0 < len(x) <= FEW_TOKENS and _readable(weight) and _aligned(x)):
             return super().linear(x, weight)
         absmax, kind = _float_scales(weight.scales), weight.spec.kind
         out: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, weight.codes, weight.shape, absmax, BLOCK_SIZE, kind)
         return out
 
+    def expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
+        """See `ReferenceKernels.expert`."""
+        weights = cast(ExpertWeights, expert)
+        if self._triton and isinstance(weights.w1, QuantTensor):
+            return self._triton.expert(x, weights)
+        return super().expert(x, expert)
+
     def exact_rows(self, weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `ReferenceKernels.exact_rows`."""
-        if not _readable(weight):
+        if self._triton or not _readable(weight):
             yield from super().exact_rows(weight)
             return
         for part in row_chunks(*weight.shape, CHUNK_ELEMENTS):
@@ -87,6 +119,44 @@ def _float_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales.float().flatten()
 
 
+@cache
+def triton_products(device: str) -> TritonProducts | None:
+    """None where Triton is not installed or cannot compile, as without a C compiler or for GPUs before Ampere.
+
+    Raises `UsageError` if what it compiles is wrong.
+    """
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return None
+    try:
+        from mixlocal.kernels import cuda_linear, cuda_programs
+    except ImportError:
+        return None
+    try:
+        check_triton(cuda_linear.multiply, device)
+    except (RuntimeError, OSError, SubprocessError, cuda_programs.CompilationError):
+        return None
+    return TritonProducts(cuda_linear.multiply, cuda_linear.expert)
+
+
+def check_triton(multiply: Callable[[torch.Tensor, Weight], torch.Tensor], device: str) -> None:
+    """Four-bit products of few and of many tokens, to the bit. Raises `UsageError` if they are others."""
+    weight = _every_code("nf4")
+    there = QuantTensor(weight.spec, weight.shape, weight.codes.to(device), weight.scales.to(device))
+    for tokens in (1, FEW_TOKENS + 1):
+        x = torch.linspace(-1.0, 1.5, tokens * weight.shape[1]).view(tokens, -1)
+        if not torch.equal(multiply(x.to(device), there).cpu(), integer_linear(x, weight)):
+            hint = "without Triton, bitsandbytes is used: uninstall it, or use cpu"
+            raise UsageError(f"Triton multiplies nf4 weights wrongly on {device}", hint)
+
+
+def _every_code(kind: Kind) -> QuantTensor:
+    """Every byte of codes, and more columns than a warp's 32 lanes take at once."""
+    rows, columns = 8, 1088
+    codes = (torch.arange(rows * columns // 2) % 256).to(torch.uint8).view(rows, -1)
+    scales = torch.linspace(0.5, 2.0, rows * columns // BLOCK_SIZE).view(rows, -1)
+    return QuantTensor(QuantSpec(kind, 32), (rows, columns), codes, scales)
+
+
 def _import_bitsandbytes() -> None:
     """Registers its operators with PyTorch. Raises `UsageError` if it is not installed."""
     try:
@@ -115,10 +185,9 @@ def check_products(kernels: ReferenceKernels, device: str) -> None:
 
 def _product_error(kernels: ReferenceKernels, kind: Kind, tokens: int, device: str) -> float:
     """Norm of the difference to the reference's product, over that product's norm."""
-    rows, columns = 8, 1088  # every byte of codes, and more than a warp's 32 lanes take at once
-    codes = (torch.arange(rows * columns // 2, device=device) % 256).to(torch.uint8).view(rows, -1)
-    scales = torch.linspace(0.5, 2.0, rows * columns // BLOCK_SIZE, device=device).view(rows, -1)
-    weight = QuantTensor(QuantSpec(kind, 32), (rows, columns), codes, scales)
+    made = _every_code(kind)
+    weight = QuantTensor(made.spec, made.shape, made.codes.to(device), made.scales.to(device))
+    columns = weight.shape[1]
     x = torch.linspace(-1.0, 1.5, tokens * columns, device=device).view(tokens, columns)
     expected = ReferenceKernels().linear(x, weight)
     return float((kernels.linear(x, weight) - expected).norm() / expected.norm())

@@ -123,7 +123,7 @@ class ReferenceAttention:
         mixed, begin = torch.empty_like(query), 0
         for start, count, pages in zip(step.starts.tolist(), step.counts.tolist(), step.pages, strict=True):
             rows = slice(begin, begin + count)
-            pages = pages[: -(-(start + count) // PAGE)].to(hidden.device)
+            pages = pages[: -(-(start + count) // PAGE)]
             store(cache, pages, start, key[:, rows], value[:, rows])
             seen = stored(cache, pages, start + count, shape.head_dim)
             mixed[:, rows] = self._attend(query[:, rows], *seen, start)

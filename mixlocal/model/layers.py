@@ -20,7 +20,7 @@ def make_step(
     positions = [torch.arange(cache.length, cache.length + n) for cache, n in zip(caches, counts, strict=True)]
     cos, sin = rotary_tables(config, positions[0] if len(positions) == 1 else torch.cat(positions))
     starts = torch.tensor([cache.length for cache in caches])
-    return Step(starts, torch.tensor(counts), page_tables(caches), cos.to(device), sin.to(device))
+    return Step(starts, torch.tensor(counts), page_tables(caches).to(device), cos.to(device), sin.to(device))
 
 
 def page_tables(caches: Sequence[KVCache]) -> torch.Tensor:

@@ -1,23 +1,27 @@
-"""Three tiers: the same tokens wherever experts lie, on a simulated device. What needs CUDA itself is not run here."""
+"""Three tiers: the same tokens wherever experts lie, on a simulated device; and on a GPU where there is one."""
 
 from __future__ import annotations
 
 import random
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from simulated_device import SimulatedDevice
 from stores import load_model
-from tiered_model import EXPERTS, LAYERS, PROFILE, logits, make_store
+from tiered_model import EXPERTS, IDS, LAYERS, PROFILE, logits, make_store
 
 from mixlocal.app.model_run import store_config
 from mixlocal.errors import CorruptError, MemoryBudgetError, UsageError
 from mixlocal.experts.balance import Costs, measure_costs, worth_moving
 from mixlocal.experts.device import CudaDevice
+from mixlocal.experts.host_tier import HostTier
 from mixlocal.experts.offloaded import OffloadedExperts, TierSlots
 from mixlocal.experts.profile import RoutingProfile
 from mixlocal.experts.residency import Residency
 from mixlocal.kernels import select
+from mixlocal.model.kv_cache import own_cache
 from mixlocal.model.load import load_trunk
 from mixlocal.model.transformer import Transformer
 from mixlocal.store.expert_file import ExpertFile
@@ -85,6 +89,43 @@ def test_the_tiers_do_not_change_a_bit(
     assert (counts.copies > 0) == (costs is not NEVER_MOVE)
     assert counts.looked_up == counts.gpu_hits + counts.ram_hits + counts.disk_hits
     experts.close()
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [TierSlots(0, 1, EXPERTS), TierSlots(5, 2, EXPERTS), TierSlots(12, 3, 14), TierSlots(24, 2, EXPERTS)],
+    ids=lambda slots: f"{slots.staying}+{slots.passing}+{slots.host}",
+)
+def test_a_host_that_computes_otherwise_computes_nothing(
+    store: ModelStore, slots: TierSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All a layer's experts pass through however few slots, or a token would depend on where its experts lay."""
+    expected = logits(load_model(store, store_config(store)))
+    device = SimulatedDevice(PLENTY, as_host=False)
+    model, experts = opened(store, slots, NEVER_MOVE, device)
+    poison_what_is_freed(experts, device, monkeypatch)
+    monkeypatch.delattr(HostTier, "part")
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+        assert len(experts._residency.held()) <= slots.staying
+    counts = experts.counts
+    assert counts.copies == counts.ram_hits + counts.disk_hits
+    experts.close()
+
+
+def test_no_slot_is_read_into_while_it_is_being_checked(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is filled through a layer's worth of host slots; checks that lag behind see what they should."""
+    expected, check = logits(load_model(store, store_config(store))), ExpertFile.check
+
+    def late(self: ExpertFile, layer: int, expert: int, slot: torch.Tensor) -> None:
+        time.sleep(0.02)
+        check(self, layer, expert, slot)
+
+    monkeypatch.setattr(ExpertFile, "check", late)
+    for costs in (NEVER_MOVE, None):
+        model, experts = opened(store, TierSlots(24, 2, EXPERTS), costs)
+        assert torch.equal(logits(model), expected)
+        experts.close()
 
 
 def test_the_device_s_budget_is_kept(store: ModelStore) -> None:
@@ -177,6 +218,24 @@ def test_costs_are_measured() -> None:
     costs = measure_costs(calls.append, lambda: None, many=9)
     assert set(calls) == {1, 9}
     assert costs.host(5) >= costs.host(1) >= 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("costs", [ALWAYS_MOVE, NEVER_MOVE, SOMETIMES_MOVE], ids=["move", "stay", "either"])
+@pytest.mark.parametrize("variant", ["q4", "q8", "bf16"])
+def test_on_a_gpu_the_tiers_do_not_change_a_bit(variant: str, costs: Costs, tmp_path: Path) -> None:
+    store = make_store(tmp_path, variant)
+    config, seen = store_config(store), []
+    trunk = load_trunk(store, config, "cuda")
+    for slots in (TierSlots(32, 2, EXPERTS), TierSlots(0, 1, EXPERTS), TierSlots(5, 2, EXPERTS), TierSlots(12, 3, 14)):
+        experts = OffloadedExperts(store.experts(), select("cpu"), CudaDevice("cuda"), slots, None, costs=costs)
+        model = Transformer(config, trunk, experts, select("cuda"))
+        for _ in range(3):
+            cache = own_cache(config, len(IDS), device="cuda")
+            passes = [model.forward(part, cache, all_logits=True) for part in (IDS[:40], *IDS[40:].split(1))]
+            seen.append(torch.cat(passes))
+        experts.close()
+    assert all(torch.equal(logits, seen[0]) for logits in seen)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

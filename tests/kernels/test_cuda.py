@@ -1,4 +1,4 @@
-"""The kernels for GPUs: on a CPU's tensors, which bitsandbytes takes too, and on a GPU's where there is one."""
+"""bitsandbytes' kernels: on a CPU's tensors, which it takes too, and on a GPU's where there is one."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def bitsandbytes_kernels(device: str) -> CudaKernels:
+    return CudaKernels(device, triton=False)
+
+
 def random(*sizes: int) -> torch.Tensor:
     return torch.randn(sizes, generator=torch.Generator().manual_seed(sum(sizes)))
 
@@ -81,7 +85,7 @@ def off(result: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES + RAGGED)
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_are_the_references(device: str, name: str, shape: tuple[int, int]) -> None:
-    weight, kernels = formatted(name, random(*shape), device), CudaKernels(device)
+    weight, kernels = formatted(name, random(*shape), device), bitsandbytes_kernels(device)
     for tokens in TOKENS:
         x = random(tokens, shape[1]).to(device)
         result = kernels.linear(x, weight)
@@ -96,7 +100,7 @@ def test_products_are_the_references(device: str, name: str, shape: tuple[int, i
 def test_a_weight_that_is_dequantized_in_pieces(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one of a single row."""
     weight, x = four_bit(25, 128, device, name), random(FEW_TOKENS + 1, 128).to(device)
-    kernels = CudaKernels(device)
+    kernels = bitsandbytes_kernels(device)
     monkeypatch.setattr(cuda, "CHUNK_ELEMENTS", 3 * 128)
     assert off(kernels.linear(x, weight), ReferenceKernels().linear(x, weight)) < BOUND
 
@@ -112,7 +116,7 @@ def test_large_and_small_numbers(device: str, tokens: int) -> None:
     weight = formatted("nf4-32", exact, device)
     x = x.to(device)
     expected = ReferenceKernels().linear(x, weight)
-    result = CudaKernels(device).linear(x, weight)
+    result = bitsandbytes_kernels(device).linear(x, weight)
     assert result.isfinite().all()
     for row in range(8):
         assert off(result[:, row], expected[:, row]) < BOUND, row
@@ -137,7 +141,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, FEW_TOKENS + 1])
 @pytest.mark.parametrize("case", MEMORY)
 def test_arrays_that_lie_otherwise_in_memory_give_the_same(device: str, case: str, tokens: int) -> None:
-    weight, x, kernels = four_bit(24, 192, device), random(tokens, 192).to(device), CudaKernels(device)
+    weight, x, kernels = four_bit(24, 192, device), random(tokens, 192).to(device), bitsandbytes_kernels(device)
     moved = QuantTensor(weight.spec, weight.shape, *MEMORY[case](weight))
     assert off(kernels.linear(x, moved), ReferenceKernels().linear(x, weight)) < BOUND
     x = random(192, tokens).T.to(device)
@@ -152,7 +156,7 @@ def test_a_number_that_is_none_spoils_its_own_token_and_no_other(
     device: str, name: str, tokens: int, value: float
 ) -> None:
     weight, x = formatted(name, random(70, 192), device), random(tokens, 192).to(device)
-    kernels = CudaKernels(device)
+    kernels = bitsandbytes_kernels(device)
     expected = kernels.linear(x, weight)
     x[1, 100] = value
     result = kernels.linear(x, weight)
@@ -163,7 +167,7 @@ def test_a_number_that_is_none_spoils_its_own_token_and_no_other(
 
 @pytest.mark.parametrize("name", FOUR_BIT)
 def test_no_tokens_and_no_rows(device: str, name: str) -> None:
-    kernels = CudaKernels(device)
+    kernels = bitsandbytes_kernels(device)
     assert kernels.linear(torch.empty(0, 64, device=device), four_bit(4, 64, device, name)).shape == (0, 4)
     spec = SPECS[name]
     codes, scales = torch.empty(0, 32, dtype=torch.uint8), torch.empty(0, 1, dtype=spec.scale_dtype)
@@ -177,7 +181,7 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     short = QuantTensor(weight.spec, weight.shape, weight.codes[:3], weight.scales)
     for x, wrong in ((random(1, 128), weight), (random(1, 64).half(), weight), (random(1, 64), short)):
         with pytest.raises(RefusedError):
-            CudaKernels(device).linear(x.to(device), wrong)
+            bitsandbytes_kernels(device).linear(x.to(device), wrong)
 
 
 def filled(layout: ExpertLayout, record: torch.Tensor, seed: int) -> ExpertWeights:
@@ -201,7 +205,7 @@ def bound(kernels: Kernels, experts: dict[int, ExpertWeights]) -> dict[int, Expe
 @pytest.mark.parametrize("sizes", [(64, 192), (64, 96), (66, 130)])
 @pytest.mark.parametrize("name", SPECS)
 def test_experts_are_the_references(device: str, name: str, sizes: tuple[int, int]) -> None:
-    layout, kernels = ExpertLayout(*sizes, SPECS[name]), CudaKernels(device)
+    layout, kernels = ExpertLayout(*sizes, SPECS[name]), bitsandbytes_kernels(device)
     records = torch.empty(4, layout.stride, dtype=torch.uint8, device=device)
     experts = {e: filled(layout, record, e) for e, record in enumerate(records)}
     for tokens in (1, 5, 60):
@@ -215,7 +219,7 @@ def test_experts_are_the_references(device: str, name: str, sizes: tuple[int, in
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_slot_that_another_expert_was_read_into_after_binding(device: str, name: str) -> None:
-    layout, kernels = ExpertLayout(64, 192, SPECS[name]), CudaKernels(device)
+    layout, kernels = ExpertLayout(64, 192, SPECS[name]), bitsandbytes_kernels(device)
     slot = torch.empty(layout.stride, dtype=torch.uint8, device=device)
     experts = bound(kernels, {0: filled(layout, slot, 0)})
     for tokens in (1, FEW_TOKENS + 1):
@@ -242,7 +246,7 @@ def test_a_models_logits_are_the_references(variant: str, attention: str, hidden
     store = quantized(folder, tmp_path / "store", variant, attention)
     ids = torch.randint(0, tiny.CONFIG["vocab_size"], (40,), generator=torch.Generator().manual_seed(1))
     passes = []
-    for kernels in (CudaKernels("cpu"), ReferenceKernels()):
+    for kernels in (bitsandbytes_kernels("cpu"), ReferenceKernels()):
         ours = model(store, kernels)
         passes.append(ours.forward(ids, own_cache(ours.config, 64, torch.float32), all_logits=True))
         cache = own_cache(ours.config, 64, torch.float32)
@@ -321,7 +325,9 @@ def test_gpus_are_selected_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "check_products", lambda kernels, device: None)
-    assert [select(name).name for name in ("cuda", "cuda:0", "cuda:1")] == ["cuda", "cuda:0", "cuda:1"]
+    monkeypatch.setattr(cuda, "triton_products", lambda device: None)
+    names = [select(name).name for name in ("cuda", "cuda:0", "cuda:1")]
+    assert names == ["cuda bitsandbytes", "cuda:0 bitsandbytes", "cuda:1 bitsandbytes"]
     with pytest.raises(UsageError, match="no cuda:2: PyTorch finds 2 GPUs"):
         select("cuda:2")
     for name in ("cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda 0", "cuda:0\n", "CUDA", "gpu"):

@@ -81,7 +81,9 @@ def test_attention(kernels: ReferenceKernels, dtype: torch.dtype, name: str, win
         angles = [table.to(AWAY) for table in rotary_tables(config, torch.arange(sum(counts)))]
         with unset_fake_temporarily():  # these are looked at
             spans = torch.full((len(counts),), START), torch.tensor(counts)
-        layer.add_to(hidden, cache, Step(*spans, torch.zeros((len(counts), 1), dtype=torch.int64), *angles))
+        layer.add_to(
+            hidden, cache, Step(*spans, torch.zeros((len(counts), 1), dtype=torch.int64, device=AWAY), *angles)
+        )
         assert hidden.device == AWAY
 
 
