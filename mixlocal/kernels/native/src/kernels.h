@@ -11,6 +11,7 @@ namespace mixlocal {
 constexpr int kBlock = 64;   // numbers that share a scale, mixlocal.quant.format.BLOCK_SIZE
 constexpr int kPanel = 16;   // keys that lie side by side in a KV cache, mixlocal.kernels.PANEL
 constexpr int kPage = 64;    // positions of a page of a KV cache, mixlocal.kernels.PAGE
+constexpr int kShortRow = 1024;  // columns
 constexpr int kChunk = 256;  // keys of one AttendChunk
 
 enum Kind { kFourBit, kInt8, kBf16, kFloat };
@@ -81,7 +82,8 @@ struct KernelTable {
     const char* name;
     int run_columns;   // activations are padded to a multiple of it
     int tile_rows;     // rows of a Tile
-    int tile_limit;    // from this many tokens on, `unpack` and `tile` are faster than `dot`
+    int tile_limit;    // from this many tokens on, `unpack` and `tile` are faster than `dot`,
+    int short_limit;   // and from this many for four-bit rows shorter than kShortRow
 
     // Blocks [block, block + blocks) of one token's row of Activations, from the `columns` numbers at x that begin there;
     // zeros past their end. A NaN or an infinity turns the scale of its block into NaN.

@@ -99,6 +99,9 @@ INLINE Bytes broadcast_four(const int8_t* from) {
     return _mm256_set1_epi32(four);
 }
 INLINE Words as_words(Bytes b) { return b; }
+INLINE Bytes as_bytes(Words w) { return w; }
+// Computed by here and in a register: GCC puts off sums of sums until it runs out of registers.
+INLINE void settle(Words& w) { asm("" : "+x"(w)); }
 
 constexpr int kBias = 0;
 INLINE Bytes stored_int8(Bytes b) { return b; }
@@ -160,6 +163,6 @@ INLINE void transpose_words(Words* rows) {
 
 }  // namespace
 
-const KernelTable kAvx2Kernels = KERNEL_TABLE("avx2", 5);
+const KernelTable kAvx2Kernels = KERNEL_TABLE("avx2", 5, 3);
 
 }  // namespace mixlocal

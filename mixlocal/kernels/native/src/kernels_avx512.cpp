@@ -88,6 +88,9 @@ INLINE Bytes broadcast_four(const int8_t* from) {
     return _mm512_set1_epi32(four);
 }
 INLINE Words as_words(Bytes b) { return b; }
+INLINE Bytes as_bytes(Words w) { return w; }
+// Computed by here and in a register: GCC puts off sums of sums until it runs out of registers.
+INLINE void settle(Words& w) { asm("" : "+v"(w)); }
 
 #ifdef MIXLOCAL_VNNI
 constexpr int kBias = 128;  // weights are stored as unsigned bytes, 128 more than they are
@@ -176,9 +179,9 @@ INLINE void transpose_words(Words* rows) {
 }  // namespace
 
 #ifdef MIXLOCAL_VNNI
-const KernelTable kAvx512VnniKernels = KERNEL_TABLE("avx512vnni", 4);
+const KernelTable kAvx512VnniKernels = KERNEL_TABLE("avx512vnni", 4, 4);
 #else
-const KernelTable kAvx512Kernels = KERNEL_TABLE("avx512", 4);
+const KernelTable kAvx512Kernels = KERNEL_TABLE("avx512", 4, 4);
 #endif
 
 }  // namespace mixlocal

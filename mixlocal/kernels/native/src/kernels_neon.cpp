@@ -120,6 +120,9 @@ INLINE Bytes broadcast_four(const int8_t* from) {
     return {all, all};
 }
 INLINE Words as_words(Bytes b) { return {vreinterpretq_u32_s8(b.low), vreinterpretq_u32_s8(b.high)}; }
+INLINE Bytes as_bytes(Words w) { return {vreinterpretq_s8_u32(w.low), vreinterpretq_s8_u32(w.high)}; }
+// Computed by here and in a register: GCC puts off sums of sums until it runs out of registers.
+INLINE void settle(Words& w) { asm("" : "+w"(w.low), "+w"(w.high)); }
 
 constexpr int kBias = 0;
 INLINE Bytes stored_int8(Bytes b) { return b; }
@@ -184,6 +187,6 @@ INLINE void transpose_words(Words* rows) {
 
 }  // namespace
 
-const KernelTable kNeonKernels = KERNEL_TABLE("neon", 4);
+const KernelTable kNeonKernels = KERNEL_TABLE("neon", 4, 4);
 
 }  // namespace mixlocal

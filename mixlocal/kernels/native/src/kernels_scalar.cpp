@@ -109,6 +109,8 @@ INLINE Bytes broadcast_four(const int8_t* from) {
     return b;
 }
 INLINE Words as_words(Bytes b) { Words w; memcpy(w.lane, b.lane, sizeof w.lane); return w; }
+INLINE Bytes as_bytes(Words w) { Bytes b; memcpy(b.lane, w.lane, sizeof b.lane); return b; }
+INLINE void settle(Words&) {}
 
 constexpr int kBias = 0;
 INLINE Bytes stored_int8(Bytes b) { return b; }
@@ -169,6 +171,6 @@ INLINE void transpose_words(Words* rows) {
 
 }  // namespace
 
-const KernelTable kScalarKernels = KERNEL_TABLE("scalar", 2);
+const KernelTable kScalarKernels = KERNEL_TABLE("scalar", 2, 2);
 
 }  // namespace mixlocal

@@ -75,6 +75,11 @@ void fill_token(const KernelTable& kernels, const Matrix& weight, const Numbers&
                                       to.scales + t * to.block_stride, to.biases + t * to.block_stride);
 }
 
+bool takes_tiles(const KernelTable& kernels, const Matrix& weight, int64_t tokens) {
+    const bool is_short = weight.kind == kFourBit && weight.columns < kShortRow;
+    return is_integer(weight.kind) && tokens >= (is_short ? kernels.short_limit : kernels.tile_limit);
+}
+
 // Rows of one work item: about kItemBytes of weights, but fewer where there would be too few items.
 int64_t item_rows(const KernelTable& kernels, const Activations& x, const Product* products, int count) {
     int64_t rows = 0;
@@ -82,7 +87,7 @@ int64_t item_rows(const KernelTable& kernels, const Activations& x, const Produc
     const Matrix& m = *products[0].weight;
     const int64_t bits = m.kind == kFourBit ? 4 : m.kind == kInt8 ? 8 : m.kind == kBf16 ? 16 : 32;
     const int64_t fitting = std::min(kItemBytes * 8 / std::max<int64_t>(1, m.columns * bits), rows / kLeastItems);
-    const int64_t step = x.tokens >= kernels.tile_limit ? kernels.tile_rows : 8;
+    const int64_t step = takes_tiles(kernels, m, x.tokens) ? kernels.tile_rows : 8;
     return std::max(step, fitting / step * step);
 }
 
@@ -118,8 +123,8 @@ Activations make_ready(const KernelTable& kernels, const Matrix& weight, const N
 void multiply_rows(const KernelTable& kernels, const Matrix& weight, const Activations& x, int64_t first, int64_t last, float* out,
                    int64_t stride) {
     if (!is_integer(weight.kind)) multiply_floats(kernels, weight, x, first, last, out, stride);
-    else if (x.tokens < kernels.tile_limit) kernels.dot(weight, first, last, x, out, stride);
-    else multiply_tiles(kernels, weight, x, first, last, out, stride);
+    else if (takes_tiles(kernels, weight, x.tokens)) multiply_tiles(kernels, weight, x, first, last, out, stride);
+    else kernels.dot(weight, first, last, x, out, stride);
 }
 
 void multiply(const KernelTable& kernels, const Activations& x, const Product* products, int count) {
