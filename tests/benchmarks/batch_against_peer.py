@@ -19,31 +19,33 @@ import time
 from statistics import median
 
 from mixlocal.app.budgets import RunOptions
-from mixlocal.app.session import Session
+from mixlocal.app.installed import find_store
+from mixlocal.app.model_run import ModelRun
 from mixlocal.engine.generate import Token
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Sampler
 from mixlocal.engine.scheduler import Generation, Scheduler
+from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import home
 
 
 def decode(args: argparse.Namespace, count: int) -> float:
     """Tokens per second of `count` sequences together."""
     context = args.prompt + args.new + 2
-    run = RunOptions(context=context, threads=args.threads, sequences=count, ram=args.ram)
-    with Session.load(args.model, run, home()) as session:
-        scheduler = Scheduler(session.model, session.run.new_pool(), count)
-        vocab = session.config.vocab_size
-        for s in range(count):
-            prompt = [(17 + 7919 * p + 104729 * s) % (vocab - 100) + 50 for p in range(args.prompt)]
-            sampler = Sampler(SamplingParams(temperature=0, max_tokens=args.new + 1))
-            scheduler.add(Generation(prompt, sampler, (), context))
-        while any(not generation.generated for generation in (*scheduler.running, *scheduler.waiting)):
-            scheduler.step()
-        tokens, start = 0, time.perf_counter()
-        while scheduler.busy:
-            tokens += sum(isinstance(event.what, Token) for event in scheduler.step())
-        return tokens / (time.perf_counter() - start)
+    options = RunOptions(context=context, threads=args.threads, sequences=count, ram=args.ram)
+    run = ModelRun(ModelStore.open(find_store(args.model, home())), options)
+    scheduler = Scheduler(run.load(), run.new_pool(), count)
+    print(f"{run.plan.ram_slots} of {run.plan.n_records} experts in memory", file=sys.stderr)
+    vocab = run.config.vocab_size
+    for s in range(count):
+        prompt = [(17 + 7919 * p + 104729 * s) % (vocab - 100) + 50 for p in range(args.prompt)]
+        scheduler.add(Generation(prompt, Sampler(SamplingParams(temperature=0, max_tokens=args.new + 1)), (), context))
+    while any(not generation.generated for generation in scheduler.running):
+        scheduler.step()
+    tokens, start = 0, time.perf_counter()
+    while scheduler.busy:
+        tokens += sum(isinstance(event.what, Token) for event in scheduler.step())
+    return tokens / (time.perf_counter() - start)
 
 
 def ours(args: argparse.Namespace, count: int) -> float:
