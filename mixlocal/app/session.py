@@ -22,10 +22,10 @@ from mixlocal.app.model_run import ModelRun
 from mixlocal.app.run_stats import Clock, RunStats
 from mixlocal.app.template import ChatTemplate, Message
 from mixlocal.app.templates import load_template
-from mixlocal.app.text_stream import StopScanner, TextStream
+from mixlocal.app.text_stream import AnswerText
 from mixlocal.app.tokenizer import Tokenizer
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.engine.generate import Finish, Prefilled, Token, generate
+from mixlocal.engine.generate import Finish, Prefilled, generate
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Choice, Constraint, Sampler
 from mixlocal.errors import RefusedError
@@ -134,17 +134,19 @@ class Session:
         sampler = Sampler(with_seed(params), constraint)
         cache = cache or self.new_cache()
         clock = Clock(self.load_s, len(ids), self.model.experts.counts)
-        text, scanner = TextStream(self.tokenizer, continuation=continuation), StopScanner(params.stop)
+        text = AnswerText(self.tokenizer, params.stop, continuation=continuation)
         for event in generate(self.model, ids, cache, sampler, self.tokenizer.eos_ids):
             if isinstance(event, Prefilled):
                 clock.prefilled(event)
                 yield Chunk(prefilled=event)
                 continue
-            piece, stopped = _advance(event, self.tokenizer, text, scanner, clock)
+            if event.choice.id not in self.tokenizer.eos_ids:
+                clock.token()
+            piece, stopped = text.push(event.choice.id)
             finish = "stop" if stopped else event.finish
             if finish is not None:
                 if not stopped:
-                    piece += _rest(text, scanner)
+                    piece += text.rest()
                 yield Chunk(piece, event.choice, finish=finish, stats=clock.stats())
                 return
             yield Chunk(piece, event.choice)
@@ -186,24 +188,8 @@ class Session:
         self.close()
 
 
-def _advance(
-    event: Token, tokenizer: Tokenizer, text: TextStream, scanner: StopScanner, clock: Clock
-) -> tuple[str, bool]:
-    if event.choice.id in tokenizer.eos_ids:
-        return "", False
-    clock.token()
-    if event.choice.id >= tokenizer.vocab_size:  # embeddings may be padded beyond the last token
-        return "", False
-    return scanner.push(text.push(event.choice.id))
-
-
 def _request(number: int, row: Request | str, defaults: SamplingParams) -> Request:
     return Request(str(number), row, with_seed(defaults)) if isinstance(row, str) else row
-
-
-def _rest(text: TextStream, scanner: StopScanner) -> str:
-    piece, stopped = scanner.push(text.flush())
-    return piece if stopped else piece + scanner.flush()
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

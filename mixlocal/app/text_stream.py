@@ -1,4 +1,4 @@
-"""The two small machines that a stream of tokens needs: one makes whole characters, one finds stop strings."""
+"""The small machines that a stream of tokens needs: one makes whole characters, one finds stop strings, one is both."""
 
 from __future__ import annotations
 
@@ -72,3 +72,25 @@ class StopScanner:
         """The text held back when the stream ended without a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+class AnswerText:
+    """An answer's text as its tokens come, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, continuation: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._stream, self._scanner = TextStream(tokenizer, continuation=continuation), StopScanner(stops)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """(text safe to show, whether a stop string was found).
+
+        The end of an answer has no text, nor has a row by which an embedding is padded beyond the last token.
+        """
+        if token_id in self._tokenizer.eos_ids or token_id >= self._tokenizer.vocab_size:
+            return "", False
+        return self._scanner.push(self._stream.push(token_id))
+
+    def rest(self) -> str:
+        """What was held back, if the answer ended otherwise."""
+        shown, _ = self._scanner.push(self._stream.flush())
+        return shown + self._scanner.flush()

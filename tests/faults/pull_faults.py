@@ -32,12 +32,13 @@ import huggingface_hub.hf_api  # noqa: F401 - here, so that no fork has to impor
 import tiny
 from hub_double import HubDouble
 from hub_faults import CATALOGUE, Fault
-from quantize_faults import KINDS, digest, exit_code, fault, forked
+from quantize_faults import digest, forked
 
+from faults.striking import CODES, KINDS, exit_code, fault
 from mixlocal.app.pull.carry_out import PullOptions, disk_needs
 from mixlocal.app.pull.job import PullJob
 from mixlocal.app.reference import hub_model
-from mixlocal.errors import AccessError, CorruptError, DiskFullError, NetworkError, NotFoundError, RefusedError
+from mixlocal.errors import AccessError, CorruptError, NetworkError, NotFoundError, RefusedError
 from mixlocal.store import download
 from mixlocal.store.manifest import MANIFEST
 from mixlocal.store.paths import home
@@ -49,7 +50,6 @@ RATE = 30_000_000  # bytes/s of a connection, where a run is to be killed midway
 MIB = 1 << 20
 HURRIED = Patience(give_up=1.5, reach=0.7, read=0.3, longest_wait=0.05, slowest=1000.0, window=0.5)
 REFUSALS = {kind.exit_code for kind in (AccessError, CorruptError, NetworkError, NotFoundError, RefusedError)}
-CODES = {"EIO": CorruptError.exit_code, "ENOSPC": DiskFullError.exit_code, "SHORT": DiskFullError.exit_code}
 
 # Where else than at its own place a kind of fault may strike.
 ELSEWHERE = dict.fromkeys(

@@ -11,7 +11,6 @@ Prints what fired: {"calls": ..., "points": ..., "fired": ..., "kills": ..., "ba
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -28,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 
+from faults.striking import CODES, KINDS, exit_code, fault
 from mixlocal.app.blueprint import Blueprint
 from mixlocal.app.install import QuantizeRequest, quantize_model
 from mixlocal.app.quantization import Quantization, StoreJob
 from mixlocal.app.quantize import read_small_files
-from mixlocal.errors import CorruptError, DiskFullError, MixlocalError
+from mixlocal.errors import MixlocalError
 from mixlocal.store import durable
 from mixlocal.store.building import Origin, sweep
 from mixlocal.store.checkpoint import Checkpoint, TensorRef, read_tensor
@@ -41,8 +41,6 @@ from mixlocal.store.lock import locked
 from mixlocal.store.manifest import MANIFEST, Recipe, Source
 from mixlocal.store.paths import home
 
-KINDS = ("KILL", "EIO", "ENOSPC", "SHORT")
-CODES = {"EIO": CorruptError.exit_code, "ENOSPC": DiskFullError.exit_code, "SHORT": DiskFullError.exit_code}
 RECIPE = Recipe(experts="nf4", scale_bits=16, attention="int8")
 Work = Callable[[Path, Path], None]  # checkpoint, folder to work in
 
@@ -80,29 +78,6 @@ def use_up(quantization: Quantization, refs: list[TensorRef], gone: Path) -> Non
     write_file(gone, b"")
 
 
-def fault(kind: str, at: int, struck: int) -> Callable[[str, int], int]:
-    """An `on_call` that strikes at the `at`-th durable call, and says so by a byte on the descriptor `struck`.
-
-    A short write is followed by a full disk.
-    """
-    calls = 0
-
-    def on_call(name: str, nbytes: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls < at or (calls > at and kind != "SHORT"):
-            return nbytes
-        os.write(struck, b".")
-        if kind == "KILL":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "SHORT" and calls == at and nbytes:
-            return nbytes // 2
-        number = errno.EIO if kind == "EIO" else errno.ENOSPC
-        raise OSError(number, os.strerror(number))
-
-    return on_call
-
-
 def attempt(work: Work, checkpoint: Path, folder: Path, on_call: Callable[[str, int], int] | None = None) -> int:
     """Fork and work; the child's pid."""
     return forked(lambda: work(checkpoint, folder), on_call)
@@ -122,11 +97,6 @@ def forked(work: Callable[[], object], on_call: Callable[[str, int], int] | None
         code = error.exit_code
     finally:
         os._exit(code)
-
-
-def exit_code(pid: int) -> int:
-    """Exit code, or minus the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def digest(folder: Path) -> str:

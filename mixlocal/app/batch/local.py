@@ -11,7 +11,7 @@ from mixlocal.app.batch.engine import Pulse, Reply, Request, TokenLogprob
 from mixlocal.app.batch.engines import local_identity
 from mixlocal.app.session import Session
 from mixlocal.app.structured import JsonConstraint, TokenTable
-from mixlocal.app.text_stream import StopScanner, TextStream
+from mixlocal.app.text_stream import AnswerText
 from mixlocal.engine.generate import Finish, Prefilled, Token
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Choice, Sampler
@@ -105,8 +105,7 @@ class _Answer:
         ids = session.encode(request.prompt, raw=request.raw)
         sampler = Sampler(request.params, constraint)
         self.generation = Generation(ids, sampler, session.tokenizer.eos_ids, session.context)
-        self._stream = TextStream(session.tokenizer, continuation=request.raw)
-        self._scanner = StopScanner(request.params.stop)
+        self._answer = AnswerText(session.tokenizer, request.params.stop, continuation=request.raw)
         self._text = ""
         self._choices: list[Choice] = []
 
@@ -121,23 +120,15 @@ class _Answer:
                 return self._add_token(choice, finish)
 
     def _add_token(self, choice: Choice, finish: Finish | None) -> Reply | None:
-        tokenizer = self._session.tokenizer
         self._first = self._first or time.perf_counter()
-        stopped = False
-        if choice.id not in tokenizer.eos_ids:
+        if choice.id not in self._session.tokenizer.eos_ids:
             self._choices.append(choice)
-            if choice.id < tokenizer.vocab_size:  # embeddings may be padded beyond the last token
-                stopped = self._push(self._stream.push(choice.id))
+        piece, stopped = self._answer.push(choice.id)
+        self._text += piece
         if stopped or finish is None:
             return self.reply("stop") if stopped else None
-        self._push(self._stream.flush())
-        self._text += self._scanner.flush()
+        self._text += self._answer.rest()
         return self.reply(finish)
-
-    def _push(self, piece: str) -> bool:
-        shown, stopped = self._scanner.push(piece)
-        self._text += shown
-        return stopped
 
     def reply(self, finish: Finish) -> Reply:
         request, form = self._request, self._request.form
