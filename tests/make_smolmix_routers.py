@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 from torch.nn.functional import normalize, one_hot
 from transformers import MixtralForCausalLM
 
+import mixlocal
 from mixlocal.app.smolmix import ROUTERS, build_checkpoint
 
-TEXT = Path(__file__).parent / "data" / "calibration.txt"
+TEXT = Path(mixlocal.__file__).parent / "data" / "calibration.txt"
 N_EXPERTS = 8
 CHUNK = 512  # tokens that are read together
 RESTARTS = 32

@@ -83,11 +83,12 @@ def _is_unquantized(store: ModelStore) -> bool:
 
 
 def _expert_refs(store: ModelStore, blueprint: Blueprint) -> Iterator[TensorRef]:
-    layout, path = blueprint.layout, store.folder / EXPERTS_FILE
+    layouts, path = blueprint.layouts, store.folder / EXPERTS_FILE
+    layout = layouts[0]  # nothing is written otherwise in a store of unquantized weights
     places = {part.name.removesuffix(".codes"): part for part in layout.parts if part.nbytes}
     for index in range(len(store.manifest.records)):
         layer, expert = divmod(index, store.manifest.n_experts)
         for part, shape in layout.shapes.items():
-            offset = index * layout.stride + places[part].offset
+            offset = layouts.offsets[index] + places[part].offset
             name = expert_piece(layer, expert, part)
             yield TensorRef(name, path, torch.bfloat16, shape, offset, places[part].nbytes)

@@ -122,7 +122,7 @@ def run_bench(target: BenchTarget, request: BenchRequest) -> Iterator[Running | 
         here = [test for test in tests if test.n_depth == depth]
         cache = target.run.new_cache(depth + max(test.n_tokens for test in here))
         set_threads(max(request.threads))
-        for progress, _ in prefill(target.model, _token_ids(target, depth, "depth"), cache):
+        for progress, _ in prefill(target.model, token_ids(target, depth, "depth"), cache):
             yield Running(f"filling the cache to d{depth}", progress.done, progress.total)
         for test in here:
             yield from _run_test(target, request, test, cache, model)
@@ -143,7 +143,7 @@ def _run_test(
     set_threads(test.n_threads)
     if request.warmup:
         yield Running(f"{test.name}: warm-up", 0, request.repetitions)
-        _time(target, test, cache, _token_ids(target, test.n_prompt or 1, "warm-up"))
+        time_test(target, test, cache, token_ids(target, test.n_prompt or 1, "warm-up"))
     samples: list[int] = []
     bandwidths: list[float] = []
     counts = target.model.experts.counts
@@ -151,11 +151,11 @@ def _run_test(
     for repetition in range(request.repetitions):
         yield Running(test.name, repetition, request.repetitions)
         bandwidths += sample_bandwidth() if test.n_gen else []
-        samples.append(_time(target, test, cache, _token_ids(target, test.n_tokens, str(repetition))))
+        samples.append(time_test(target, test, cache, token_ids(target, test.n_tokens, str(repetition))))
     yield _row(model, test, samples, bandwidths, counts.since(before))
 
 
-def _time(target: BenchTarget, test: BenchTest, cache: KVCache, ids: list[int]) -> int:
+def time_test(target: BenchTarget, test: BenchTest, cache: KVCache, ids: list[int]) -> int:
     """Nanoseconds that `ids` take; the cache is left as it was."""
     start = time.perf_counter_ns()
     if test.n_prompt:
@@ -169,7 +169,7 @@ def _time(target: BenchTarget, test: BenchTest, cache: KVCache, ids: list[int]) 
     return elapsed
 
 
-def _token_ids(target: BenchTarget, count: int, seed: str) -> list[int]:
+def token_ids(target: BenchTarget, count: int, seed: str) -> list[int]:
     """Random tokens, the same ones for a seed; different ones per repetition, as each uses other experts."""
     return random.Random(seed).choices(range(target.run.config.vocab_size), k=count)
 

@@ -12,11 +12,11 @@ from mixlocal.errors import RefusedError
 from mixlocal.model.arch import Architecture, find_architecture
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.tensors import HEAD, TrunkTensor, trunk_tensors
-from mixlocal.quant.format import ExpertLayout, QuantSpec
+from mixlocal.quant.format import ExpertLayouts, QuantSpec
 from mixlocal.store.checkpoint import TensorRef
-from mixlocal.store.manifest import Recipe
+from mixlocal.store.manifest import Recipe, expert_layouts
 from mixlocal.store.model_store import SCALES_SUFFIX
-from mixlocal.store.pieces import expert_piece, file_sizes
+from mixlocal.store.pieces import expert_of, expert_piece, file_sizes
 from mixlocal.store.shard_writer import TensorSpec
 
 READABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +36,7 @@ class Blueprint:
     module: Architecture
     config: ModelConfig
     recipe: Recipe
-    layout: ExpertLayout
+    layouts: ExpertLayouts
     trunk: Mapping[str, TrunkTensor]
     trunk_specs: tuple[TensorSpec, ...]
     sources: Mapping[str, str]
@@ -47,27 +47,29 @@ class Blueprint:
         """From a config.json that was read from `where`. Raises `RefusedError` for what we cannot compute or pack."""
         architecture, module = find_architecture(raw, where)
         config = module.read_config(raw, where)
-        layout = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
-        for part, shape in layout.shapes.items():
-            layout.spec.check_shape(module.expert_source(0, 0, part), shape)
+        n_records = config.n_layers * config.router.n_experts
+        layouts = expert_layouts(config.dim, config.expert_hidden, recipe, n_records)
+        for part, shape in layouts[0].shapes.items():
+            recipe.expert_spec.check_shape(module.expert_source(0, 0, part), shape)
         trunk = {tensor.name: tensor for tensor in trunk_tensors(config)}
         specs = tuple(spec for tensor in trunk.values() for spec in _trunk_specs(tensor, recipe.attention_spec))
-        sizes = file_sizes(layout, config.n_layers * config.router.n_experts, specs)
+        sizes = file_sizes(layouts, specs)
         return cls(
-            raw, architecture, module, config, recipe, layout, trunk, specs,
-            dict(_sources(module, config, layout, trunk)), sum(sizes.values()),
+            raw, architecture, module, config, recipe, layouts, trunk, specs,
+            dict(_sources(module, config, layouts, trunk)), sum(sizes.values()),
         )  # fmt: skip
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, by our name."""
         if name in self.trunk:
             return self.trunk[name].shape
-        return self.layout.shapes[name.rpartition(".")[2]]
+        return self.layouts[0].shapes[name.rpartition(".")[2]]
 
     def spec(self, name: str) -> QuantSpec | None:
         """How a tensor, by our name, is written; None: as float32."""
         if name not in self.trunk:
-            return self.layout.spec
+            layer, expert, part = expert_of(name)
+            return self.layouts[layer * self.config.router.n_experts + expert].spec_of(part)
         return self.recipe.attention_spec if self.trunk[name].is_matrix else None
 
     def check_tensors(self, where: str, tensors: Mapping[str, TensorRef]) -> None:
@@ -104,11 +106,11 @@ def _trunk_specs(tensor: TrunkTensor, spec: QuantSpec) -> Iterator[TensorSpec]:
 
 
 def _sources(
-    module: Architecture, config: ModelConfig, layout: ExpertLayout, trunk: Mapping[str, TrunkTensor]
+    module: Architecture, config: ModelConfig, layouts: ExpertLayouts, trunk: Mapping[str, TrunkTensor]
 ) -> Iterator[tuple[str, str]]:
     for name in trunk:
         yield module.trunk_source(name), name
     for layer in range(config.n_layers):
         for expert in range(config.router.n_experts):
-            for part in layout.shapes:
+            for part in layouts[0].shapes:
                 yield module.expert_source(layer, expert, part), expert_piece(layer, expert, part)

@@ -17,9 +17,11 @@ if TYPE_CHECKING:  # PyTorch is behind them, and a name can be looked up without
     from mixlocal.store.manifest import Recipe
 
 DEFAULT_MODEL = "smolmix"
-Variant = Literal["q4", "q8", "bf16"]
+Variant = Literal["q4", "int4", "int4-32", "q8", "mix", "bf16"]
 DEFAULT_VARIANT: Variant = "q4"  # of a model that the catalogue does not know
-VARIANTS: dict[str, Kind] = {"q4": "nf4", "q8": "int8", "bf16": "bf16"}
+VARIANTS: dict[str, Kind] = {  # mix: the matrices that are not in 8 bits
+    "q4": "nf4", "int4": "int4", "int4-32": "int4-32", "q8": "int8", "mix": "nf4", "bf16": "bf16",
+}  # fmt: skip
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -120,10 +122,18 @@ def split_variant(reference: str) -> tuple[str, Variant | None]:
 
 
 def recipe_for(variant: Variant) -> Recipe:
-    """Experts as the variant says, attention in bfloat16."""
+    """Experts as the variant says, attention in bfloat16. Raises `UsageError` for one that needs more to be said."""
     from mixlocal.store.manifest import Recipe
 
-    return Recipe(experts=VARIANTS[variant], scale_bits=16, attention="bf16")
+    if variant == "mix":
+        raise UsageError("a mix is made to fit a size", "use mixlocal quantize --fit SIZE")
+    kind = VARIANTS[variant]
+    return Recipe(experts=kind, scale_bits=16, attention="bf16", search=is_searched(kind))
+
+
+def is_searched(kind: Kind) -> bool:
+    """Whether scales are searched unless something else is asked for: wherever a block has one."""
+    return kind not in ("int8", "bf16")
 
 
 def sampling_defaults(entry: CatalogEntry | None) -> SamplingParams:

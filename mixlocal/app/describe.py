@@ -106,7 +106,7 @@ def _from_store(folder: Path, entry: CatalogEntry | None) -> Description:
 
 
 def _layout(manifest: Manifest) -> tuple[str, ...]:
-    layout = manifest.layout
+    layout = manifest.layouts.largest
     lines = [f"{part.offset:>12} {part.nbytes:>12}  {part.name}" for part in layout.parts]
     return (
         "",

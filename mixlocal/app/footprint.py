@@ -11,8 +11,8 @@ from mixlocal.experts.plan import PREFILL_CHUNK, ModelBytes
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import kv_bytes_per_token
 from mixlocal.model.tensors import EMBEDDING, TrunkTensor, trunk_tensors
-from mixlocal.quant.format import ExpertLayout, QuantSpec
-from mixlocal.store.manifest import Manifest, Recipe
+from mixlocal.quant.format import QuantSpec
+from mixlocal.store.manifest import Manifest, Recipe, expert_layouts
 from mixlocal.store.model_store import TRUNK_FILE
 
 FLOAT = torch.float32.itemsize
@@ -22,7 +22,7 @@ CHUNKS = (PREFILL_CHUNK, 256, 128, 64)  # tokens of a prompt at once: as many as
 def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.dtype) -> ModelBytes:
     """Of a model that may be no more than a config.json."""
     trunk = sum(_tensor_bytes(tensor, recipe.attention_spec) for tensor in trunk_tensors(config))
-    layout = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
+    layouts = expert_layouts(config.dim, config.expert_hidden, recipe, config.n_layers * config.router.n_experts)
     return ModelBytes(
         name=name,
         trunk=trunk,
@@ -30,7 +30,8 @@ def model_bytes(name: str, config: ModelConfig, recipe: Recipe, kv_dtype: torch.
         max_context=config.max_context,
         n_layers=config.n_layers,
         n_experts=config.router.n_experts,
-        record=layout.stride,
+        record=layouts.largest.stride,
+        records=layouts.nbytes,
         scratch=scratch_bytes(config, recipe, CHUNKS[0]),
         chunk=CHUNKS[0],
         logits=3 * FLOAT * config.vocab_size,
@@ -62,10 +63,11 @@ def scratch_bytes(config: ModelConfig, recipe: Recipe, chunk: int) -> int:
 def weight_bytes_per_token(config: ModelConfig, recipe: Recipe, top_k: int) -> int:
     """Bytes of weights that decoding one token reads: `top_k` experts a layer, and the trunk with its output head.
 
-    The embedding's one row, the KV cache and activations do not count.
+    Of a mixed plan, those of a mean expert. The embedding's one row, the KV cache and activations do not count.
     """
-    expert = ExpertLayout(config.dim, config.expert_hidden, recipe.expert_spec)
-    parts = sum(part.nbytes for part in expert.parts)
+    n_records = config.n_layers * config.router.n_experts
+    layouts = expert_layouts(config.dim, config.expert_hidden, recipe, n_records)
+    parts = sum(part.nbytes for index in range(n_records) for part in layouts[index].parts) // n_records
     trunk = sum(
         _tensor_bytes(tensor, recipe.attention_spec)
         for tensor in trunk_tensors(config)

@@ -13,6 +13,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from mixlocal.app.adopt import find_unquantized, store_as_checkpoint
 from mixlocal.app.catalog import (
     CatalogEntry,
@@ -47,7 +49,8 @@ from mixlocal.store.paths import Home
 POLL_SECONDS = 0.2
 DIGESTS = "sha256sums"
 SCRATCH = ".fetch-"
-BYTES_PER_PARAMETER = {"q4": 0.66, "q8": 1.09, "bf16": 2.01}  # of smolmix, whose trunk is a large share
+# Of smolmix, whose trunk is a large share; "mix" at most.
+BYTES_PER_PARAMETER = {"q4": 0.66, "int4": 0.69, "int4-32": 0.74, "q8": 1.09, "mix": 1.09, "bf16": 2.01}
 
 
 def known_entry(name: str) -> CatalogEntry:
@@ -72,7 +75,8 @@ def pull(
 
 @dataclass(frozen=True, slots=True)
 class QuantizeRequest:
-    """target: a catalogue name, a checkpoint folder, or a bf16 store by name or folder.  out: None for the models."""
+    """target: a catalogue name, a checkpoint folder, or a bf16 store by name or folder.  out: None for the models.
+    text: see `StoreJob`."""
 
     target: str
     variant: Variant
@@ -80,6 +84,7 @@ class QuantizeRequest:
     out: Path | None = None
     fresh: bool = False
     keep_source: bool = False
+    text: Path | None = None
 
 
 def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:
@@ -122,7 +127,7 @@ def folder_name(checkpoint: Path) -> str:
 
 def _existing(final: Path, recipe: Recipe) -> ModelStore:
     store = ModelStore.open(final)
-    if store.manifest.recipe != recipe:
+    if msgspec.structs.replace(store.manifest.recipe, wide=()) != recipe:  # which they are, follows from the rest
         raise RefusedError(
             f"{final}: already holds this model, quantized otherwise", "use --fresh to replace it, or --out"
         )
@@ -147,7 +152,7 @@ def _quantize_store(
 
 
 def _job(request: QuantizeRequest, name: str, final: Path) -> StoreJob:
-    return StoreJob(final, name, request.variant, request.recipe, fresh=request.fresh)
+    return StoreJob(final, name, request.variant, request.recipe, fresh=request.fresh, text=request.text)
 
 
 def _quantize_smolmix(request: QuantizeRequest, entry: CatalogEntry, home: Home, final: Path) -> Iterator[Progress]:

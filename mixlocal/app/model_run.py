@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ from mixlocal.model.arch import read_config
 from mixlocal.model.config import ModelConfig
 from mixlocal.model.kv_cache import KV_DTYPES, KVCache, KVPool, own_cache, page_count
 from mixlocal.model.load import load_trunk
-from mixlocal.model.transformer import Transformer
+from mixlocal.model.transformer import Transformer, TrunkWeights
 from mixlocal.store.manifest import MANIFEST
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home
@@ -32,6 +33,7 @@ from mixlocal.store.strict_json import read_json_object
 # Seen with smolmix on two cores, PyTorch against avx512vnni: 18.6 and 103 tok/s at 8 bits, 2.7 and 131 at 4.
 REFERENCE_COST = "PyTorch computes instead, 5 times slower at 8 bits, 50 at 4"
 NO_KERNELS_COST = f"{REFERENCE_COST}: install a C++ compiler, then run install.sh again"
+Wrap = Callable[[ExpertRuntime, TrunkWeights], ExpertRuntime]
 
 
 class ModelRun:
@@ -65,14 +67,18 @@ class ModelRun:
         """Tokens that a sequence may have."""
         return self.plan.context
 
-    def load(self) -> Transformer:
-        """Trunk and experts, checked as they are read. With less memory than planned, fewer experts stay, aloud."""
+    def load(self, wrap: Wrap | None = None) -> Transformer:
+        """Trunk and experts, checked as they are read. With less memory than planned, fewer experts stay, aloud.
+
+        wrap: puts something around the experts that are opened.
+        """
         if self._profile_path is not None:
             self._profile = load_profile(self._profile_path, self.config.n_layers, self.config.router.n_experts)
         trunk = load_trunk(self.store, self.config, self.device)
         self._experts = self._open_experts()
+        experts = wrap(self._experts, trunk) if wrap else self._experts
         top_k, chunk = self.options.experts_per_token, self.plan.chunk
-        return Transformer(self.config, trunk, self._experts, select(self.device), top_k, chunk)
+        return Transformer(self.config, trunk, experts, select(self.device), top_k, chunk)
 
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache for up to `limit` tokens."""

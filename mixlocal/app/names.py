@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from mixlocal.store.paths import BUILDING_SUFFIX, Home, is_plain_name
 
-VARIANTS = ("q4", "q8", "bf16")  # app.catalog has them too, behind torch; a test holds them together
+# app.catalog has them too, behind torch; a test holds them together.
+VARIANTS = ("q4", "int4", "int4-32", "q8", "mix", "bf16")
 MAX_NAMES = 100
 _PACKAGE = Path(__file__).parent.parent
 

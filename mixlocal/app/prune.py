@@ -10,6 +10,7 @@ from mixlocal.errors import LockedError
 from mixlocal.store.building import journal_path
 from mixlocal.store.durable import folder_bytes, remove_file, remove_folder
 from mixlocal.store.lock import locked
+from mixlocal.store.logit_file import SUFFIX as LOGITS_SUFFIX
 from mixlocal.store.manifest import MANIFEST
 from mixlocal.store.paths import BUILDING_SUFFIX, Home
 
@@ -51,6 +52,8 @@ def find_leftovers(home: Home) -> Iterator[Leftover]:
         model = home.models / entry.name.removesuffix("-checkpoint")  # as the source that smolmix is built of is called
         done = any(_is_finished(final) for final in model.glob("*"))
         yield Leftover(f"downloads of {entry.name}", (entry,), entry, entry.is_dir() and not done)
+    for file in sorted(home.logits.glob(f"*{LOGITS_SUFFIX}")):
+        yield Leftover(f"reference logits {file.name}", (file,), file, False)
 
 
 def prune(leftover: Leftover) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from mixlocal.app.blueprint import Blueprint
+from mixlocal.app.calibration import Calibration
 from mixlocal.app.hardware import existing_parent, probe
 from mixlocal.errors import DiskFullError
 from mixlocal.kernels.isa import set_threads
@@ -25,9 +26,11 @@ from mixlocal.kernels.quantizer import quantize_rows
 from mixlocal.quant.format import QuantTensor
 from mixlocal.quant.packing import bytes_of, matrix_bytes, matrix_in
 from mixlocal.quant.quantize import check_finite
+from mixlocal.quant.search import Search
 from mixlocal.store.building import Building, Origin
 from mixlocal.store.checkpoint import TensorRef
 from mixlocal.store.manifest import FORMAT_VERSION, Manifest, Recipe, Source
+from mixlocal.store.pieces import expert_of
 
 DISK_MARGIN = 64 << 20
 SLOT_BYTES = 32 << 20  # a buffer takes any tensor of the experts and, of the others, those that are no larger than this
@@ -36,7 +39,8 @@ IN_FLIGHT = 2
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """The store to make. fresh: forget what an earlier run has done of it."""
+    """The store to make. fresh: forget what an earlier run has done of it. text: what to calibrate on, where the recipe
+    says so; None for the package's own. calibration: what came of that."""
 
     out: Path
     name: str
@@ -45,6 +49,12 @@ class StoreJob:
     licence: str | None = None
     template: str | None = None
     fresh: bool = False
+    text: Path | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        return self.recipe.calibrated_on is not None
 
 
 class Quantization:
@@ -57,8 +67,8 @@ class Quantization:
         self.job, self.blueprint = job, blueprint
         config = blueprint.config
         self._building = Building(
-            job.out, _identity(job, blueprint, fingerprint), job.name, blueprint.layout,
-            config.n_layers, config.router.n_experts, blueprint.trunk_specs,
+            job.out, _identity(job, blueprint, fingerprint), job.name, blueprint.layouts,
+            config.router.n_experts, blueprint.trunk_specs,
         )  # fmt: skip
         self._slot_bytes = _slot_bytes(blueprint)
         self._slots = deque(torch.empty(self._slot_bytes, dtype=torch.uint8) for _ in range(IN_FLIGHT))
@@ -133,7 +143,7 @@ class Quantization:
         self.settle()
         self._building.check_complete()
         job, blueprint = self.job, self.blueprint
-        config, layout = blueprint.config, blueprint.layout
+        config, layout = blueprint.config, blueprint.layouts.largest
         manifest = Manifest(
             format_version=FORMAT_VERSION, name=job.name, variant=job.variant, architecture=blueprint.architecture,
             source=source, recipe=job.recipe, dim=layout.dim, hidden=layout.hidden,
@@ -150,6 +160,13 @@ class Quantization:
             self._writes[0].result()
             self._writes.popleft()
 
+    def _search(self, name: str) -> Search | None:
+        """How the scales of a tensor, by our name, are chosen."""
+        if not self.job.recipe.search or name in self.blueprint.trunk:
+            return None
+        calibration = self.job.calibration
+        return Search(calibration.importance(*expert_of(name)) if calibration else None)
+
     def _quantized(
         self, source_name: str, name: str, tensor: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], float | None, bool]:
@@ -161,14 +178,18 @@ class Quantization:
         rows, columns = tensor.shape
         fits = matrix_bytes(spec, (rows, columns)) <= self._slot_bytes
         room = matrix_in(self._slots[0], spec, (rows, columns)) if fits else None
-        weight, error = quantize_rows(source_name, tensor, spec, out=room)
+        weight, error = quantize_rows(source_name, tensor, spec, out=room, search=self._search(name))
         arrays = (weight.codes, weight.scales) if isinstance(weight, QuantTensor) else (weight,)
         return arrays, error, not fits
 
 
 def _slot_bytes(blueprint: Blueprint) -> int:
-    layout, attention = blueprint.layout, blueprint.recipe.attention_spec
-    experts = max(matrix_bytes(layout.spec, shape) for shape in layout.shapes.values())
+    attention = blueprint.recipe.attention_spec
+    experts = max(
+        matrix_bytes(layout.spec_of(part), shape)
+        for layout in blueprint.layouts.formats
+        for part, shape in layout.shapes.items()
+    )
     trunk = max(matrix_bytes(attention, tensor.matrix) for tensor in blueprint.trunk.values() if tensor.is_matrix)
     return max(experts, min(trunk, SLOT_BYTES))
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
+import msgspec
 
 from mixlocal.app.blueprint import Blueprint
+from mixlocal.app.calibration import Calibration, calibrate, calibration_text
+from mixlocal.app.fit import widen
 from mixlocal.app.progress import Progress
 from mixlocal.app.quantization import Quantization, StoreJob
+from mixlocal.app.reading_ahead import Weights, read_ahead
 from mixlocal.model.tensors import EXPERT_PARTS
-from mixlocal.store.checkpoint import Checkpoint, TensorRef, read_tensor
+from mixlocal.store.checkpoint import Checkpoint, TensorRef
 from mixlocal.store.durable import named_errors
 from mixlocal.store.manifest import Manifest, Source, SourceFile
 from mixlocal.store.model_store import SMALL_FILES
@@ -33,17 +32,6 @@ class QuantizeJob:
     source_name: str
     revision: str | None = None
     shard_digests: tuple[tuple[str, str], ...] = ()
-
-
-class Weights(Protocol):
-    """A complete model on this disk: a config.json, small files beside it, and where its tensors lie."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def tensors(self) -> Mapping[str, TensorRef]: ...
 
 
 def quantize_checkpoint(job: QuantizeJob) -> Generator[Progress, None, Manifest]:
@@ -63,17 +51,36 @@ def quantize_weights(job: StoreJob, weights: Weights, source: Source) -> Generat
     """
     blueprint = Blueprint.of(weights.config, str(weights.folder / "config.json"), job.recipe)
     blueprint.check_tensors(str(weights.folder), weights.tensors)
+    if job.calibrates:
+        calibration = yield from _calibrate(job, weights, blueprint)
+        job = _calibrated(job, calibration, blueprint)
+        blueprint = Blueprint.of(weights.config, str(weights.folder / "config.json"), job.recipe)
     total = sum(ref.nbytes for ref in weights.tensors.values())
     with Quantization(job, blueprint, _fingerprint(weights)) as quantization:
         refs = [weights.tensors[name] for name in blueprint.sources]
         todo = [ref for ref in refs if quantization.lacks(ref.name)]
         done = sum(ref.nbytes for ref in refs) - sum(ref.nbytes for ref in todo)
         yield Progress("quantize", done, total)
-        for ref, tensor in zip(todo, _read_ahead(todo, _usual_bytes(blueprint, todo)), strict=True):
+        for ref, tensor in zip(todo, read_ahead(todo, _usual_bytes(blueprint, todo)), strict=True):
             quantization.add(ref, tensor)
             done += ref.nbytes
             yield Progress("quantize", done, total, _describe(blueprint.sources[ref.name]))
         return quantization.finish(source, read_small_files(weights.folder))
+
+
+def _calibrate(job: StoreJob, weights: Weights, blueprint: Blueprint) -> Generator[Progress, None, Calibration]:
+    text = calibration_text(job.text)
+    calibration = yield from calibrate(weights, blueprint, text, damage=job.recipe.fit is not None)
+    return calibration
+
+
+def _calibrated(job: StoreJob, calibration: Calibration, blueprint: Blueprint) -> StoreJob:
+    """What is to be made, now that it is known what counts."""
+    if job.recipe.fit is None:
+        return replace(job, calibration=calibration)
+    assert calibration.damage is not None
+    wide = widen(blueprint, calibration.damage, job.recipe.fit)
+    return replace(job, calibration=calibration, recipe=msgspec.structs.replace(job.recipe, wide=wide))
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:
@@ -93,22 +100,6 @@ def describe_errors(manifest: Manifest) -> dict[str, float]:
         for part, error in zip(EXPERT_PARTS, record.errors, strict=True):
             report[expert_piece(*divmod(index, manifest.n_experts), part)] = error
     return report
-
-
-def _read_ahead(refs: Sequence[TensorRef], usual: int) -> Iterator[torch.Tensor]:
-    """The tensors of `refs`; each may be used until the next is asked for. One is read while another is used.
-
-    Two buffers serve for all of at most `usual` bytes; the few larger ones get memory of their own.
-    """
-    buffers = cycle([torch.empty(usual, dtype=torch.uint8) for _ in range(2)])
-    with ThreadPoolExecutor(1) as reader:
-        reads: deque[Future[torch.Tensor]] = deque()
-        for ref in refs:
-            reads.append(reader.submit(read_tensor, ref, next(buffers) if ref.nbytes <= usual else None))
-            if len(reads) > 1:
-                yield reads.popleft().result()
-        while reads:
-            yield reads.popleft().result()
 
 
 def _usual_bytes(blueprint: Blueprint, refs: Sequence[TensorRef]) -> int:

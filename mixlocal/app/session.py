@@ -17,6 +17,7 @@ from mixlocal.app.batch.engine import Reply, Request
 from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import DEFAULT_MODEL, find_entry, sampling_defaults
 from mixlocal.app.encoding import encode_prompt
+from mixlocal.app.expert_usage import Usage, usage
 from mixlocal.app.installed import find_store
 from mixlocal.app.model_run import ModelRun
 from mixlocal.app.run_stats import Clock, RunStats
@@ -29,7 +30,6 @@ from mixlocal.engine.generate import Finish, Prefilled, generate
 from mixlocal.engine.params import SamplingParams
 from mixlocal.engine.sampling import Choice, Constraint, Sampler
 from mixlocal.errors import RefusedError
-from mixlocal.experts.trace import mean_rates
 from mixlocal.model.kv_cache import KVCache
 from mixlocal.store.model_store import ModelStore
 from mixlocal.store.paths import Home, home
@@ -163,11 +163,11 @@ class Session:
         requests = (_request(number, row, self.defaults) for number, row in enumerate(rows))
         return (event for event in LocalEngine(self).answer(requests) if isinstance(event, Reply))
 
-    def expert_rates(self) -> tuple[list[list[float]], int]:
-        """Share of the tokens computed lately that chose each expert, a row a layer; and of how many tokens."""
+    def expert_usage(self) -> Usage | None:
+        """How the tokens computed lately used the experts, in the order of computing; None before there are two."""
         trace = self.model.experts.trace
-        rates, tokens = mean_rates(trace.steps(), trace.n_layers, trace.n_experts)
-        return rates.tolist(), tokens
+        chosen = trace.choices()
+        return usage(chosen, trace.n_experts) if chosen.shape[1] > 1 else None
 
     def new_cache(self) -> KVCache:
         """An empty KV cache for the whole context."""

@@ -37,6 +37,8 @@ COMMANDS = {
     "rm": ("models", "Remove a model."),
     "prune": ("models", "Free the disk of what no model needs."),
     "bench": ("bench", "Measure speed: of a model, or of the kernels alone."),
+    "quality": ("quality", "Measure what bits cost: perplexity, and divergence from a reference."),
+    "experts": ("experts", "Show which experts a text uses."),
     "doctor": ("doctor", "Check this machine and say what each lack costs."),
     "config": ("config", "Show and change what is set once for all runs."),
     "completion": ("completion", "Print what lets a shell complete commands and models."),

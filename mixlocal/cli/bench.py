@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mixlocal.cli.bench_columns import kernel_columns, model_columns
+from mixlocal.cli.bench_compare import bench_compare, compare_options
 from mixlocal.cli.options import (
     Command,
     Globals,
@@ -26,21 +24,28 @@ from mixlocal.cli.options import (
     settle,
     vram_option,
 )
-from mixlocal.cli.render import PLAIN_PROGRESS_SECONDS, say, warn
+from mixlocal.cli.render import warn
 from mixlocal.cli.report import Report, Row, report
+from mixlocal.cli.running import RunningLine
 from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.bench import BenchRow
+    from mixlocal.app.bench_request import BenchRequest
     from mixlocal.app.hardware import Hardware
     from mixlocal.app.measure import Running
 
 OF_A_MODEL = {
-    "model": "-m", "n_prompts": "-p", "n_gens": "-n", "n_depths": "-d", "repetitions": "-r", "warmup": "--warmup",
-    "kv_dtype": "--kv-dtype", "ram": "--ram", "device": "--device", "vram": "--vram", "lookahead": "--lookahead",
-    "vary": "--vary",
+    "model": "-m", "compare": "--compare", "n_prompts": "-p", "n_gens": "-n", "n_depths": "-d", "repetitions": "-r",
+    "warmup": "--warmup", "kv_dtype": "--kv-dtype", "ram": "--ram", "device": "--device", "vram": "--vram",
+    "lookahead": "--lookahead", "vary": "--vary",
 }  # fmt: skip
-OF_KERNELS = {"quick": "--quick"}
+OF_ONE_MODEL = {"model": "-m", "vary": "--vary"}
+NEEDS = {
+    "quick": ("--quick", "kernels"), "quality": ("--quality", "compare"), "against": ("--against", "quality"),
+    "text": ("--text", "quality"), "ctx": ("--ctx", "quality"), "chunks": ("--chunks", "quality"),
+    "plot": ("--plot", "quality"),
+}  # fmt: skip
 PLAIN_COUNT = re.compile(r"[0-9]{1,9}")
 
 
@@ -78,6 +83,7 @@ def _tokens(short: str, long: str, name: str, default: str, text: str) -> Callab
 @kv_dtype_option
 @lookahead_option
 @click.option("--vary", metavar="NAME=V,...", help="Test with each value: ram=6G,8G,12G; lookahead=on,off; ...")
+@compare_options
 @click.option("--kernels", is_flag=True, help="Time the kernels alone, and the memory they read: needs no model.")
 @click.option("--quick", is_flag=True, help="With --kernels: 1 and 512 tokens only, few samples.")
 @click.option(
@@ -93,7 +99,8 @@ def _tokens(short: str, long: str, name: str, default: str, text: str) -> Callab
 def bench(ctx: click.Context, options: Globals, /, **given: Any) -> None:
     """Measure how fast a model is, as llama-bench does, or with --kernels how fast its arithmetic is.
 
-    Options with commas take several values, and every combination is one row.
+    Options with commas take several values, and every combination is one row. --compare measures several models in
+    turns, so that all feel what else the machine does: each cell is the median of the rounds (lowest to highest).
     """
     _check_combination(ctx, options, given)
     output = "json" if options.as_json else given["output"] or "md"
@@ -103,27 +110,44 @@ def bench(ctx: click.Context, options: Globals, /, **given: Any) -> None:
     threads = given["threads"] or (hardware.cores,)
     if given["kernels"]:
         _bench_kernels(options, threads, given["quick"], hardware, output)
+    elif given["compare"] is not None:
+        bench_compare(options, _tests(threads, given), given, output)
     else:
         _bench_model(options, threads, given, output)
 
 
 def _check_combination(ctx: click.Context, options: Globals, given: dict[str, Any]) -> None:
     """Raises `UsageError` for options that say nothing about what is measured, rather than ignore them."""
-    for name, flag in (OF_A_MODEL if given["kernels"] else OF_KERNELS).items():
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"{flag} does not go with --kernels" if given["kernels"] else f"{flag} needs --kernels")
+
+    def check_none(flags: dict[str, str], says: str) -> None:
+        for name, flag in flags.items():
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"{flag} {says}")
+
+    if given["kernels"]:
+        check_none(OF_A_MODEL, "does not go with --kernels")
+    elif given["compare"] is not None:
+        check_none(OF_ONE_MODEL, "does not go with --compare")
+    for name, (flag, needed) in NEEDS.items():
+        if not given[needed]:
+            check_none({name: flag}, f"needs --{needed}")
     if options.as_json and given["output"] in ("md", "csv"):
         raise UsageError(f"--json and -o {given['output']} contradict each other")
 
 
-def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, Any], output: str) -> None:
-    from mixlocal.app.bench import describe_model, open_bench, prepare_bench, run_bench
-    from mixlocal.app.bench_request import BenchRequest, varied
+def _tests(threads: tuple[int, ...], given: dict[str, Any]) -> BenchRequest:
+    from mixlocal.app.bench_request import BenchRequest
 
-    runs = varied(run_options(given), given["vary"])
-    request = BenchRequest(
+    return BenchRequest(
         given["n_prompts"], given["n_gens"], given["n_depths"], threads, given["repetitions"], given["warmup"]
     )
+
+
+def _bench_model(options: Globals, threads: tuple[int, ...], given: dict[str, Any], output: str) -> None:
+    from mixlocal.app.bench import describe_model, open_bench, prepare_bench, run_bench
+    from mixlocal.app.bench_request import varied
+
+    runs, request = varied(run_options(given), given["vary"]), _tests(threads, given)
     for _, run in runs:  # a value that cannot be is told before the first is measured
         prepare_bench(given["model"], request, run, options.folders())
     rows: Report[BenchRow] | None = None
@@ -152,7 +176,7 @@ def _bench_kernels(options: Globals, threads: tuple[int, ...], quick: bool, hard
 def _print_rows(options: Globals, events: Iterable[Running | Row], rows: Report[Row]) -> None:
     from mixlocal.app.measure import Running
 
-    progress = _Progress(options)
+    progress = RunningLine(options)
     try:
         for event in events:
             if isinstance(event, Running):
@@ -162,23 +186,3 @@ def _print_rows(options: Globals, events: Iterable[Running | Row], rows: Report[
                 rows.add(event)
     finally:
         progress.clear()
-
-
-class _Progress:
-    """One line of stderr: rewritten on a terminal, elsewhere a new one every 10 s."""
-
-    def __init__(self, options: Globals) -> None:
-        self._options = options
-        self._rewrites = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not options.quiet
-        self._said = -PLAIN_PROGRESS_SECONDS
-
-    def show(self, text: str) -> None:
-        if self._rewrites:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._said >= PLAIN_PROGRESS_SECONDS:
-            say(self._options, text)
-            self._said = time.monotonic()
-
-    def clear(self) -> None:
-        if self._rewrites:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -42,6 +42,7 @@ def _tokens(row: BenchRow) -> int:
 
 def kernel_columns() -> list[Column[KernelRow]]:
     from mixlocal.app.bench_cases import BATCH
+    from mixlocal.quant.format import KINDS
 
     def shape(row: KernelRow) -> str:
         return NOTHING if row.rows is None else f"{row.rows} x {row.columns}"
@@ -53,7 +54,7 @@ def kernel_columns() -> list[Column[KernelRow]]:
 
     return [
         Column("test", lambda row: row.test, 6, right=False),
-        Column("format", lambda row: row.format or NOTHING, right=False),
+        Column("format", lambda row: row.format or NOTHING, max(map(len, KINDS)), right=False),
         Column("shape", shape, 12),
         Column("tokens", lambda row: NOTHING if row.n_tokens is None else str(row.n_tokens)),
         Column("backend", lambda row: row.backend or NOTHING, 14, right=False),

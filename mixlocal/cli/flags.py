@@ -18,6 +18,9 @@ ONE_OFF = {
     "fresh": "it throws away what one command has done so far",
     "dry-run": "it keeps one command from doing its work",
     "print-sky-task": "it is a question",
+    "prompt": "it is one text, and a command of this name has settings",
+    "compare": "it names the models of one run",
+    "quality": "it is asked for with --compare, and a command of this name has settings",
     "help": "it is a question",
     "version": "it is a question",
 }

@@ -66,7 +66,7 @@ def _table(outlook: Outlook) -> Table:
         (f"{here}: KV cache, {cache}", "", plan.kv_bytes),
         (f"{here}: temporaries of {plan.chunk} tokens at once", "", plan.scratch_bytes),
         ("memory: interpreter and libraries", "", plan.base_bytes),
-        ("memory: experts", str(plan.ram_slots), plan.ram_slots * plan.record_bytes),
+        ("memory: experts", str(plan.ram_slots), plan.ram_expert_bytes),
         ("memory in all", "", plan.ram_bytes),
         ("disk: the other experts", str(plan.disk_records), plan.disk_records * plan.record_bytes),
     ]

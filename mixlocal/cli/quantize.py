@@ -14,8 +14,14 @@ from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.catalog import Variant
+    from mixlocal.store.manifest import Recipe
 
-VARIANT_OF: dict[str, Variant] = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16": "bf16"}
+VARIANT_OF: dict[str, Variant] = {
+    "nf4": "q4", "fp4": "q4", "int4": "int4", "int4-32": "int4-32", "int8": "q8", "bf16": "bf16"
+}  # fmt: skip
+BITS_OF = {"nf4": "4", "fp4": "4", "int4": "4", "int4-32": "4", "int8": "8", "bf16": "16"}
+BY_BITS = {"4": "nf4", "8": "int8", "16": "bf16"}
+OWN_TEXT = "-"  # no file's name
 
 
 @click.command()
@@ -27,6 +33,16 @@ VARIANT_OF: dict[str, Variant] = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16"
 @click.option(
     "--scales", type=click.Choice(["16", "32"]), default="16", show_default=True, help="Bits of a 4-bit block's scale."
 )
+@click.option(
+    "--search/--no-search", default=None, help="4 bits: look for the scales that lose least; without, span each block."
+)
+@click.option(
+    "--calibrate", is_flag=False, flag_value=OWN_TEXT, metavar="[FILE]",
+    help="4 bits: let what a text asks of the experts decide which columns count; mixlocal's own text without FILE.",
+)  # fmt: skip
+@click.option(
+    "--fit", metavar="SIZE", help="As `--calibrate`, and 8 bits for the matrices that need them most, up to SIZE."
+)
 @click.option("--out", type=click.Path(), metavar="DIR", help="Write the store here and not among the models.")
 @click.option("--fresh", is_flag=True, help="Start over, and replace a finished store.")
 @click.option("--keep-source", is_flag=True, help="smolmix: keep the unquantized checkpoint.")
@@ -34,8 +50,9 @@ VARIANT_OF: dict[str, Variant] = {"nf4": "q4", "fp4": "q4", "int8": "q8", "bf16"
 @json_option
 @pass_globals
 def quantize(
-    options: Globals, model: str, bits: str | None, method: str | None, attention: str, scales: str, out: str | None,
-    fresh: bool, keep_source: bool, report: str | None,
+    options: Globals, model: str, bits: str | None, method: str | None, attention: str, scales: str,
+    search: bool | None, calibrate: str | None, fit: str | None, out: str | None, fresh: bool, keep_source: bool,
+    report: str | None,
 ) -> None:  # fmt: skip
     """Quantize MODEL into a model store: a checkpoint folder in Hugging Face format, smolmix, or a bf16 store.
 
@@ -47,9 +64,12 @@ def quantize(
     from mixlocal.store.manifest import Recipe
 
     kind = _kind(bits, method)
+    text = None if calibrate in (None, OWN_TEXT) else Path(calibrate or "")
     recipe = Recipe(experts=kind, scale_bits=int(scales), attention=attention)  # type: ignore[arg-type]
+    recipe = _refined(recipe, search, fit, text, calibrates=calibrate is not None or fit is not None)
+    variant = "mix" if fit else VARIANT_OF[kind]
     request = QuantizeRequest(
-        model, VARIANT_OF[kind], recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source
+        model, variant, recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source, text=text
     )
     store = show_progress(options, quantize_model(request, options.folders()))
     errors = describe_errors(store.manifest)
@@ -64,10 +84,31 @@ def quantize(
 
 
 def _kind(bits: str | None, method: str | None) -> str:
-    by_bits = {"4": "nf4", "8": "int8", "16": "bf16"}
-    if bits and method and VARIANT_OF[by_bits[bits]] != VARIANT_OF[method]:
+    if bits and method and BITS_OF[method] != bits:
         raise UsageError(f"--bits {bits} and --method {method} contradict each other")
-    return method or by_bits[bits or "4"]
+    return method or BY_BITS[bits or "4"]
+
+
+def _refined(recipe: Recipe, search: bool | None, fit: str | None, text: Path | None, *, calibrates: bool) -> Recipe:
+    """With what goes beyond a format. Raises `UsageError` for what would change nothing."""
+    import msgspec
+
+    from mixlocal.app.calibration import calibration_text
+    from mixlocal.app.catalog import is_searched
+    from mixlocal.app.sizes import UNITS, parse_size
+
+    searchable = is_searched(recipe.experts)
+    if not searchable and (search or calibrates):
+        raise UsageError(
+            f"{recipe.experts} has no scales of blocks to choose", "--search, --calibrate and --fit go with 4 bits"
+        )
+    if calibrates and search is False and fit is None:
+        raise UsageError("--no-search leaves --calibrate nothing to do")
+    return msgspec.structs.replace(
+        recipe, search=searchable if search is None else search,
+        calibrated_on=calibration_text(text).sha256 if calibrates else None,
+        fit=parse_size("--fit", fit, UNITS["T"]) if fit else None,
+    )  # fmt: skip
 
 
 def _write_report(path: Path, errors: dict[str, float]) -> None:

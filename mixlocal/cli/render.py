@@ -26,7 +26,7 @@ UNWRAPPED_WIDTH = 1000
 WHAT_WIDTH = 20
 _STAGES = {
     "download": "downloading", "build": "building", "quantize": "quantizing", "verify": "verifying",
-    "measure": "measuring this machine",
+    "measure": "measuring this machine", "calibrate": "calibrating",
 }  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from mixlocal.errors import MixlocalError
 from mixlocal.experts.policies import Policy
 from mixlocal.experts.residency import NOWHERE, Residency
 from mixlocal.experts.runtime import ExpertCounts, Routing
+from mixlocal.experts.slots import BoundSlots
 from mixlocal.experts.transfer import QUEUE_DEPTH, ExpertReader, Read, Urgency
 from mixlocal.kernels import Expert, Kernels
-from mixlocal.quant.packing import read_record
 from mixlocal.store.expert_file import ExpertFile
 
 FIRST = torch.zeros(1, dtype=torch.int64)
@@ -27,19 +27,19 @@ Part = tuple[torch.Tensor, torch.Tensor]
 
 
 class HostTier:
-    """`memory` holds records side by side; `kernels` compute where they lie."""
+    """`memory` holds records side by side, in slots for the largest; `kernels` compute where they lie."""
 
     def __init__(
         self, file: ExpertFile, kernels: Kernels, memory: torch.Tensor, policy: Policy, counts: ExpertCounts
     ) -> None:
         """memory: uint8 [n * stride], n at least the experts of a layer, on whole pages."""
         manifest = file.manifest
-        self.n_layers, self.n_experts, self._stride = manifest.n_layers, manifest.n_experts, manifest.stride
-        self.slots = list(memory.view(-1, self._stride))
+        self.n_layers, self.n_experts, self._layouts = manifest.n_layers, manifest.n_experts, manifest.layouts
+        self.slots = list(memory.view(-1, manifest.stride))
         self.most_prefetches = min(QUEUE_DEPTH, len(self.slots) - self.n_experts)
         self.residency = Residency(self.n_layers, self.n_experts, len(self.slots), policy)
         self._kernels, self._counts = kernels, counts
-        self._bound: list[Expert] = [kernels.bind_expert(read_record(manifest.layout, slot)) for slot in self.slots]
+        self._bound = BoundSlots(self._layouts, self.slots, kernels.bind_expert)
         self._reader = ExpertReader(file)
         weakref.finalize(self, self._reader.close)  # who forgets to close leaves no threads behind
         self._preloads: dict[int, Read] = {}  # reads that nobody waits for, by key
@@ -120,12 +120,14 @@ class HostTier:
 
     def layer(self, x: torch.Tensor, routing: Routing, keys: list[int]) -> torch.Tensor:
         """The whole layer, all of whose chosen `keys` are here."""
-        experts = {key % self.n_experts: self._bound[self.residency.find(key)] for key in keys}
+        experts = {key % self.n_experts: self._bound.of(self.residency.find(key), key) for key in keys}
         return self._kernels.moe_ffn(x, routing.experts, routing.weights, experts)
 
     def part(self, key: int, x: torch.Tensor, routing: Routing) -> Part:
         """What one expert that is here adds."""
-        return expert_part(self._kernels, key % self.n_experts, self._bound[self.residency.find(key)], x, routing)
+        return expert_part(
+            self._kernels, key % self.n_experts, self._bound.of(self.residency.find(key), key), x, routing
+        )
 
     def settle(self, keys: Collection[int]) -> None:
         """Take over what was read ahead of `keys`, which are chosen now; wrong guesses that have not begun end."""
@@ -172,7 +174,7 @@ class HostTier:
 
     def _took(self, read: Read) -> None:
         self._counts.reads += 1
-        self._counts.bytes_read += self._stride
+        self._counts.bytes_read += self._layouts.stride(read.key)
         self.residency.fill(read.key)
 
     def _give_up_preload(self) -> None:

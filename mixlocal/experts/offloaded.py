@@ -14,8 +14,8 @@ from mixlocal.experts.passes import Passes
 from mixlocal.experts.profile import RoutingProfile
 from mixlocal.experts.residency import NOWHERE, Residency
 from mixlocal.experts.runtime import ExpertCounts, Guess, Routing
-from mixlocal.kernels import Expert, Kernels
-from mixlocal.quant.packing import read_record
+from mixlocal.experts.slots import BoundSlots
+from mixlocal.kernels import Kernels
 from mixlocal.store.expert_file import ExpertFile
 
 KEEN = 2.0  # an expert takes another's place on the device if its next use is so many times nearer
@@ -60,14 +60,15 @@ class OffloadedExperts:
         self.trace = self._passes.trace
         policy, n_slots = self._passes.policy, slots.staying + slots.passing
         self._slots = device.memory(n_slots * manifest.stride).view(n_slots, manifest.stride)
-        self._bound: list[Expert] = [device.bind(read_record(manifest.layout, slot)) for slot in self._slots]
+        self._bound = BoundSlots(manifest.layouts, list(self._slots), device.bind)
         self._residency = Residency(manifest.n_layers, manifest.n_experts, n_slots, policy, floor=False)
         self._host = HostTier(file, kernels, device.host_memory(slots.host * manifest.stride), policy, self.counts)
         self._copies: dict[int, Copy] = {}  # of this layer, by key
         self._broken = False
         keys = range(manifest.n_layers * manifest.n_experts)
         hottest = profile.hottest() if profile else sorted(keys, key=lambda key: key % manifest.n_experts)
-        self._host_computes = device.computes_as(kernels, manifest.layout.spec)
+        specs = {layout.spec_of(part) for layout in manifest.layouts.formats for part in layout.shapes}
+        self._host_computes = all(device.computes_as(kernels, spec) for spec in specs)
         self._costs = (costs or self._measure(manifest.dim, hottest[0])) if self._host_computes else MOVE_ALL
         self._fill(hottest[: slots.staying])
         self._host.preload(hottest[slots.staying :])
@@ -141,7 +142,7 @@ class OffloadedExperts:
         """routing: on the device.  chosen: the same on the host."""
         if key in self._copies:
             self._copies[key].await_on_device()
-        bound, expert = self._bound[self._residency.find(key)], key % self._n_experts
+        bound, expert = self._bound.of(self._residency.find(key), key), key % self._n_experts
         if x.shape[0] == 1:  # decoding: nothing to upload
             rank = chosen.experts[0].tolist().index(expert)
             return FIRST, self._device.expert(x, bound) * routing.weights[:, rank : rank + 1]
@@ -192,7 +193,7 @@ class OffloadedExperts:
         def move() -> None:
             copy = self._copy(key, ())
             copy.await_on_device()
-            self._device.expert(x, self._bound[self._residency.find(key)])
+            self._device.expert(x, self._bound.of(self._residency.find(key), key))
             self._device.synchronize()
             self._residency.release(key)
 

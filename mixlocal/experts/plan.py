@@ -20,8 +20,9 @@ GPU_STAGING = 2  # slots through which an expert passes that is copied to be use
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:
-    """What a model takes. kv_token: of the KV cache, per token. record: one expert's. scratch: temporaries of
-    the largest forward pass, of `chunk` tokens of one sequence. logits: of each further sequence."""
+    """What a model takes. kv_token: of the KV cache, per token. record: the largest
+    expert's, for which slots are made. records: of all together, where they are not all as large. scratch: temporaries
+    of the largest forward pass, of `chunk` tokens of one sequence. logits: of each further sequence."""
 
     name: str
     trunk: int
@@ -33,10 +34,15 @@ class ModelBytes:
     scratch: int
     chunk: int = PREFILL_CHUNK
     logits: int = 0
+    records: int = 0
 
     @property
     def n_records(self) -> int:
         return self.n_layers * self.n_experts
+
+    @property
+    def all_records(self) -> int:
+        return self.records or self.n_records * self.record
 
     def scratch_of(self, sequences: int) -> int:
         return self.scratch + (sequences - 1) * self.logits
@@ -63,6 +69,7 @@ class MemoryPlan:
     gpu_slots, ram_slots: experts that stay there; the others are read from disk when they are chosen.
     staging_slots: on the GPU, for experts that are copied to be used once.  chunk: tokens of a prompt at once.
     direct_io: reads pass by the page cache, which has no room for what the slots leave out.
+    record_bytes: of a slot; records_bytes: of all experts, which may be less than as many slots.
     """
 
     name: str
@@ -77,6 +84,7 @@ class MemoryPlan:
     scratch_bytes: int
     chunk: int
     record_bytes: int
+    records_bytes: int
     n_records: int
     gpu_slots: int
     ram_slots: int
@@ -94,15 +102,20 @@ class MemoryPlan:
         return 1 - self.disk_records / self.n_records
 
     @property
+    def ram_expert_bytes(self) -> int:
+        """Of the experts in memory: side by side where all of them are, else in slots for the largest."""
+        return self.records_bytes if self.all_in_ram and not self.on_gpu else self.ram_slots * self.record_bytes
+
+    @property
     def ram_bytes(self) -> int:
         """Of the process, at its peak."""
-        on_host = self.base_bytes + self.ram_slots * self.record_bytes
+        on_host = self.base_bytes + self.ram_expert_bytes
         return on_host if self.on_gpu else on_host + self.trunk_bytes + self.kv_bytes + self.scratch_bytes
 
     @property
     def ram_for_all(self) -> int:
         """With how much the same plan would have a slot for every expert."""
-        missing = self.disk_records * self.record_bytes
+        missing = self.disk_records * self.record_bytes if self.on_gpu else self.records_bytes - self.ram_expert_bytes
         if self.on_gpu or self.sequences == 1:
             return self.ram_bytes + missing
         rest, token = self.ram_bytes - self.kv_bytes + missing, self.kv_bytes // self.kv_tokens
@@ -135,17 +148,20 @@ def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
         gpu_slots = min(_slots(model, budgets.vram - fixed) - staging, model.n_records)
         if gpu_slots < 0:
             _refuse(model, "--vram", fixed + staging * model.record, budgets.vram, context)
-    smallest = host + model.n_experts * model.record
+    smallest = host + min(model.n_experts * model.record, model.all_records)
     if budgets.ram < smallest:
         _refuse(model, "--ram", smallest, budgets.ram, context)
     ram_slots = max(model.n_experts, min(model.n_records - gpu_slots, _slots(model, budgets.ram - host)))
+    if budgets.vram is None and host + model.all_records <= budgets.ram:
+        ram_slots = model.n_records
     on_disk = max(0, model.n_records - gpu_slots - ram_slots) * model.record
-    used = host + ram_slots * model.record
+    used = host + (ram_slots * model.record if on_disk else min(ram_slots * model.record, model.all_records))
     cached = on_disk or ram_slots * model.record  # what a page cache would be asked to keep
     return MemoryPlan(
         name=model.name, on_gpu=budgets.vram is not None, budget=budgets.ram, context=context,
         sequences=budgets.sequences, kv_tokens=kv_tokens, base_bytes=base, trunk_bytes=model.trunk, kv_bytes=kv,
-        scratch_bytes=scratch, chunk=model.chunk, record_bytes=model.record, n_records=model.n_records,
+        scratch_bytes=scratch, chunk=model.chunk, record_bytes=model.record,
+        records_bytes=model.all_records, n_records=model.n_records,
         gpu_slots=gpu_slots, ram_slots=ram_slots, staging_slots=staging, direct_io=budgets.free - used < cached,
     )  # fmt: skip
 

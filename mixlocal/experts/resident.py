@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 
@@ -20,14 +21,15 @@ class ResidentExperts:
 
     def __init__(self, file: ExpertFile, kernels: Kernels) -> None:
         manifest = file.manifest
-        layout, per_layer = manifest.layout, manifest.n_experts
+        layouts, per_layer = manifest.layouts, manifest.n_experts
         self._kernels = kernels
         self.counts = ExpertCounts()
         self.trace = RoutingTrace(manifest.n_layers, per_layer)
-        buffer = page_memory(manifest.experts_bytes).view(len(manifest.records), manifest.stride)
+        buffer = page_memory(layouts.nbytes)
+        records = [buffer[start:end] for start, end in pairwise(layouts.offsets)]
         with ThreadPoolExecutor(QUEUE_DEPTH) as pool:
-            list(pool.map(lambda i: file.read(i // per_layer, i % per_layer, buffer[i]), range(len(buffer))))
-        experts = [kernels.bind_expert(read_record(layout, record)) for record in buffer]
+            list(pool.map(lambda i: file.read(i // per_layer, i % per_layer, records[i]), range(len(records))))
+        experts = [kernels.bind_expert(read_record(layouts[i], record)) for i, record in enumerate(records)]
         self.layers: list[dict[int, Expert]] = [
             dict(enumerate(experts[first : first + per_layer])) for first in range(0, len(experts), per_layer)
         ]

@@ -37,12 +37,12 @@ def check_weight(weight: Weight) -> None:
 
 def check_quantized(weight: QuantTensor) -> None:
     """Raise `RefusedError` unless codes and scales have the shapes and types of `weight.spec`."""
-    spec, (rows, columns) = weight.spec, weight.shape
+    spec = weight.spec
     if spec.kind == "bf16":
         raise RefusedError("a bf16 weight is a plain tensor, not codes and scales")
     spec.check_shape("linear", weight.shape)
     expected = {
-        "codes": (torch.uint8 if spec.four_bit else torch.int8, (rows, columns // 2 if spec.four_bit else columns)),
+        "codes": (spec.code_dtype, spec.codes_shape(weight.shape)),
         "scales": (spec.scale_dtype, spec.scales_shape(weight.shape)),
     }
     for part, (dtype, shape) in expected.items():
@@ -53,14 +53,16 @@ def check_quantized(weight: QuantTensor) -> None:
 
 
 def check_expert(weights: ExpertWeights) -> None:
-    """w1, w3 [H, D] and w2 [D, H], all three in one format."""
+    """w1, w3 [H, D] and w2 [D, H], each in any quantized format, or all three plain."""
     for weight in (weights.w1, weights.w3, weights.w2):
         check_weight(weight)
     hidden, dim = weights.w1.shape
     if tuple(weights.w3.shape) != (hidden, dim) or tuple(weights.w2.shape) != (dim, hidden):
         shapes = [list(w.shape) for w in (weights.w1, weights.w3, weights.w2)]
         raise RefusedError(f"an expert's w1, w3, w2 do not go together: {shapes}")
-    _check_one_format("an expert's w1, w3, w2", (weights.w1, weights.w3, weights.w2))
+    plain = [weight for weight in (weights.w1, weights.w3, weights.w2) if isinstance(weight, torch.Tensor)]
+    if plain and (len(plain) < 3 or len({weight.dtype for weight in plain}) > 1):
+        raise RefusedError("an expert's w1, w3, w2 are plain and quantized, or plain in several types")
 
 
 def check_attention(weights: AttentionWeights, shape: AttentionShape) -> None:

@@ -91,7 +91,7 @@ class CpuKernels:
         if wrong is not None:
             if wrong not in experts:
                 raise missing_experts([wrong])
-            raise RefusedError(f"expert {wrong} has not the width and format of x and of the other experts")
+            raise RefusedError(f"expert {wrong} has not the width of x and of the other experts")
         return out
 
 

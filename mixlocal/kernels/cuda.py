@@ -19,6 +19,7 @@ from mixlocal.quant.format import BLOCK_SIZE, ExpertWeights, Kind, QuantSpec, Qu
 from mixlocal.quant.quantize import row_chunks
 
 FOUR_BIT: tuple[Kind, ...] = ("nf4", "fp4")
+CHECKED: tuple[Kind, ...] = ("nf4", "int4")  # by Triton's programs, one of each sort of four bits
 FEW_TOKENS = 7  # as many float32 rows as bitsandbytes multiplies straight from the codes
 CHUNK_ELEMENTS = 1 << 24  # dequantized at once for more tokens: 64 MB, and few launches for a matrix of an expert
 OLDEST = (8, 0)  # compute capability: Ampere's, whose matrix units take int8 and bfloat16
@@ -66,7 +67,7 @@ class CudaKernels(ReferenceKernels):
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See `Kernels.linear`."""
         check_linear(x, weight)
-        if self._triton and (isinstance(weight, QuantTensor) or weight.dtype == torch.bfloat16):
+        if self._triton and _has_program(weight):
             return self._triton.multiply(x, weight)
         if not (0 < len(x) <= FEW_TOKENS and _readable(weight) and _aligned(x)):
             return super().linear(x, weight)
@@ -77,19 +78,24 @@ class CudaKernels(ReferenceKernels):
     def expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
         """See `ReferenceKernels.expert`."""
         weights = cast(ExpertWeights, expert)
-        if self._triton and isinstance(weights.w1, QuantTensor):
+        if self._triton and all(isinstance(w, QuantTensor) for w in (weights.w1, weights.w3, weights.w2)):
             return self._triton.expert(x, weights)
         return super().expert(x, expert)
 
     def exact_rows(self, weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `ReferenceKernels.exact_rows`."""
-        if self._triton or not _readable(weight):
+        if not _readable(weight) or (self._triton and _has_program(weight)):
             yield from super().exact_rows(weight)
             return
         for part in row_chunks(*weight.shape, CHUNK_ELEMENTS):
             codes, absmax = weight.codes[part], _float_scales(weight.scales[part])
             shape, kind = (len(codes), weight.shape[1]), weight.spec.kind
             yield part, torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK_SIZE, kind, shape, torch.float32)
+
+
+def _has_program(weight: Weight) -> bool:
+    """Whether Triton multiplies by it."""
+    return isinstance(weight, QuantTensor) or weight.dtype == torch.bfloat16
 
 
 def _readable(weight: Weight) -> TypeGuard[QuantTensor]:
@@ -100,7 +106,7 @@ def _readable(weight: Weight) -> TypeGuard[QuantTensor]:
     """
     return (
         isinstance(weight, QuantTensor)
-        and weight.spec.four_bit
+        and weight.spec.kind in FOUR_BIT
         and weight.shape[1] % BLOCK_SIZE == 0
         and weight.codes.numel() > 0
         and weight.codes.is_contiguous()
@@ -140,21 +146,23 @@ def triton_products(device: str) -> TritonProducts | None:
 
 def check_triton(multiply: Callable[[torch.Tensor, Weight], torch.Tensor], device: str) -> None:
     """Four-bit products of few and of many tokens, to the bit. Raises `UsageError` if they are others."""
-    weight = _every_code("nf4")
-    there = QuantTensor(weight.spec, weight.shape, weight.codes.to(device), weight.scales.to(device))
-    for tokens in (1, FEW_TOKENS + 1):
-        x = torch.linspace(-1.0, 1.5, tokens * weight.shape[1]).view(tokens, -1)
-        if not torch.equal(multiply(x.to(device), there).cpu(), integer_linear(x, weight)):
-            hint = "without Triton, bitsandbytes is used: uninstall it, or use cpu"
-            raise UsageError(f"Triton multiplies nf4 weights wrongly on {device}", hint)
+    for kind in CHECKED:
+        weight = _every_code(kind)
+        there = QuantTensor(weight.spec, weight.shape, weight.codes.to(device), weight.scales.to(device))
+        for tokens in (1, FEW_TOKENS + 1):
+            x = torch.linspace(-1.0, 1.5, tokens * weight.shape[1]).view(tokens, -1)
+            if not torch.equal(multiply(x.to(device), there).cpu(), integer_linear(x, weight)):
+                hint = "without Triton, bitsandbytes is used: uninstall it, or use cpu"
+                raise UsageError(f"Triton multiplies {kind} weights wrongly on {device}", hint)
 
 
 def _every_code(kind: Kind) -> QuantTensor:
     """Every byte of codes, and more columns than a warp's 32 lanes take at once."""
     rows, columns = 8, 1088
     codes = (torch.arange(rows * columns // 2) % 256).to(torch.uint8).view(rows, -1)
-    scales = torch.linspace(0.5, 2.0, rows * columns // BLOCK_SIZE).view(rows, -1)
-    return QuantTensor(QuantSpec(kind, 32), (rows, columns), codes, scales)
+    spec = QuantSpec(kind, 32)
+    scales = torch.linspace(0.5, 2.0, rows * spec.planes * columns // BLOCK_SIZE).view(rows, -1)
+    return QuantTensor(spec, (rows, columns), codes, scales)
 
 
 def _import_bitsandbytes() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mixlocal.kernels import cuda_programs as programs
 from mixlocal.kernels.integer import integer_codebook
-from mixlocal.quant.format import BLOCK_SIZE, ExpertWeights, QuantTensor, Weight
+from mixlocal.quant.format import BLOCK_SIZE, ExpertWeights, QuantSpec, QuantTensor, Weight
 
 FEW_TOKENS = 4  # multiplied one by one: the weights stay in the GPU's cache meanwhile
 RUN = 8  # blocks that are read together
@@ -20,22 +20,28 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 class Quantized:
-    """Activations as whole numbers: codes int8 [T, B * 64], scales float32 [T, B], B a multiple of 8."""
+    """Activations as whole numbers: codes int8 [T, B * 64], scales float32 [T, B], B a multiple of 8.
 
-    __slots__ = ("codes", "kind", "scales")
+    totals: for affine weights, float32 [T, B * 64 / block size], the sums of whole numbers that share a zero.
+    """
+
+    __slots__ = ("codes", "kind", "scales", "totals")
 
     def __init__(self, x: torch.Tensor, weight: QuantTensor, up: torch.Tensor | None = None) -> None:
         """x [T, C], or silu(x) * up, as `weight` meets it."""
-        tokens, columns = x.shape
+        (tokens, columns), spec = x.shape, weight.spec
         blocks = -(-columns // (RUN * BLOCK_SIZE)) * RUN
-        self.kind = weight.spec.kind
+        self.kind = spec.kind
         self.codes = torch.empty(tokens, blocks * BLOCK_SIZE, dtype=torch.int8, device=x.device)
         self.scales = torch.empty(tokens, blocks, device=x.device)
-        four_bit = weight.spec.four_bit
-        step = integer_codebook(self.kind).step if four_bit else 1.0
+        self.totals = self.scales  # which stand in where there are none
+        if spec.affine:
+            self.totals = torch.empty(tokens, blocks * BLOCK_SIZE // spec.block_size, device=x.device)
+        step = integer_codebook(self.kind).step if _planes(spec) == 1 else 1.0
         _launch(
             programs.quantize_rows, (tokens, blocks // RUN), x, x if up is None else up, self.codes, self.scales,
-            columns, blocks, step, swiglu=up is not None, paired=four_bit, num_warps=1, **EXACT,
+            self.totals, columns, blocks, step, swiglu=up is not None, piece=spec.block_size if spec.four_bit else 0,
+            summed=spec.affine, num_warps=1, **EXACT,
         )  # fmt: skip
 
 
@@ -52,30 +58,37 @@ def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 def multiply_quantized(x: Quantized, weight: QuantTensor) -> torch.Tensor:
     """The bits of `integer_linear`."""
-    tokens, (rows, columns), four_bit = len(x.codes), weight.shape, weight.spec.four_bit
+    tokens, (rows, columns), planes = len(x.codes), weight.shape, _planes(weight.spec)
     codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
-    levels = _levels(weight.spec.kind, codes.device) if four_bit else codes
+    levels = _levels(weight.spec.kind, codes.device) if planes == 1 else codes
     out = torch.empty(tokens, rows, device=codes.device)
-    operands = (codes, scales, levels, x.codes, x.scales, out)
+    operands = (codes, scales, levels, x.codes, x.scales, x.totals, out)
     sizes = (rows, codes.shape[1], -(-columns // BLOCK_SIZE), x.scales.shape[1])
     if tokens <= FEW_TOKENS:
         grid = (-(-rows // FEW["n"]), tokens)
-        _launch(programs.multiply_few, grid, *operands, *sizes, four_bit=four_bit, **FEW, **EXACT)
+        _launch(programs.multiply_few, grid, *operands, *sizes, planes=planes, **FEW, **EXACT)
     else:
         grid = (-(-tokens // MANY["m"]), -(-rows // MANY["n"]))
-        _launch(programs.multiply_many, grid, *operands, tokens, *sizes, four_bit=four_bit, **MANY, **EXACT)
+        _launch(programs.multiply_many, grid, *operands, tokens, *sizes, planes=planes, **MANY, **EXACT)
     return out
 
 
 def expert(x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """w2(silu(w1 x) * (w3 x)) of four-bit or int8 weights, float32 [N, D] -> [N, D], the bits of `CpuKernels`."""
+    """w2(silu(w1 x) * (w3 x)), each in any quantized format, float32 [N, D] -> [N, D], the bits of `CpuKernels`."""
     w1, w3, w2 = weights.w1, weights.w3, weights.w2
     assert isinstance(w1, QuantTensor)
     assert isinstance(w3, QuantTensor)
     assert isinstance(w2, QuantTensor)
-    rows = Quantized(x.contiguous(), w1)
-    gate, up = multiply_quantized(rows, w1), multiply_quantized(rows, w3)
+    x = x.contiguous()
+    rows = Quantized(x, w1)
+    gate = multiply_quantized(rows, w1)
+    up = multiply_quantized(rows if w3.spec.kind == w1.spec.kind else Quantized(x, w3), w3)
     return multiply_quantized(Quantized(gate, w2, up), w2)
+
+
+def _planes(spec: QuantSpec) -> int:
+    """As the programs take it."""
+    return spec.planes if spec.four_bit else 0
 
 
 @cache

@@ -2,8 +2,9 @@
 
 Activations become whole numbers from -127 to 127, one scale per token and block of 64 columns. A codebook becomes
 whole steps of 1/s of the block's absmax. Products within a block add up as whole numbers, exactly; block b is added as
-float32 to the running sum b % 8 of eight. So the result is the same on every instruction set, for any number of tokens
-and of threads.
+float32 to the running sum b % 8 of eight. An affine weight's block adds (s * P + z * S) times the activations' scale, P
+being the sum of codes times whole numbers and S that of the whole numbers; halves with scales of their own are added up
+before that. So the result is the same on every instruction set, for any number of tokens and of threads.
 
 T = tokens, R = rows, C = columns, B = blocks per row.
 """
@@ -66,6 +67,8 @@ def integer_linear(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
     """float32 x [T, C] -> float32 [T, R], the very bits of `CpuKernels.linear` for four-bit and int8 weights."""
     whole, scales = quantize_activations(x)
     rows, columns = weight.shape
+    if weight.spec.affine:
+        return _add_up(_affine_blocks(whole, weight) * scales.T.unsqueeze(-1))
     if weight.spec.four_bit:
         book = integer_codebook(weight.spec.kind)
         codes = book.levels[unpack_nibbles(weight.codes).long()]
@@ -74,12 +77,33 @@ def integer_linear(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
     else:
         codes, block_scales, row_scales = weight.codes, torch.ones(rows, whole.shape[1]), weight.scales.flatten()
     packed = pad(codes.float(), (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
-    sums = torch.zeros(RUNNING_SUMS, len(x), rows)
-    for block in range(whole.shape[1]):
-        products = whole[:, block] @ packed[:, block].T  # exact: whole numbers below 2^24
-        sums[block % RUNNING_SUMS] += products * (block_scales[:, block] * scales[:, block, None])
+    products = torch.einsum("tbc,rbc->btr", whole, packed)  # exact: whole numbers below 2^24
+    return _add_up(products * (block_scales.T.unsqueeze(1) * scales.T.unsqueeze(-1))) * row_scales
+
+
+def _affine_blocks(whole: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+    """whole [T, B, 64] -> s * P + z * S of every block, halves added up, float32 [B, T, R]."""
+    rows, columns = weight.shape
+    blocks, size = whole.shape[1], weight.spec.block_size
+    halves = BLOCK_SIZE // size
+    codes = pad(unpack_nibbles(weight.codes).float(), (0, -columns % BLOCK_SIZE)).view(rows, blocks, halves, size)
+    planes = weight.scales.float().view(rows, 2, halves, blocks)
+    numbers = whole.view(len(whole), blocks, halves, size)
+    products = torch.einsum("tbhc,rbhc->hbtr", numbers, codes)
+    totals = numbers.sum(-1).permute(2, 1, 0).unsqueeze(-1)  # [h, B, T, 1]
+    scale, zero = planes.permute(1, 2, 3, 0).unsqueeze(3)  # each [h, B, 1, R]
+    parts = products * scale + totals * zero
+    whole_blocks: torch.Tensor = parts[0] if halves == 1 else parts[0] + parts[1]
+    return whole_blocks
+
+
+def _add_up(blocks: torch.Tensor) -> torch.Tensor:
+    """float32 [B, T, R] -> [T, R], in the order of the kernels."""
+    sums = torch.zeros(RUNNING_SUMS, *blocks.shape[1:])
+    for number, block in enumerate(blocks):
+        sums[number % RUNNING_SUMS] += block
     low, high = (sums[0] + sums[1]) + (sums[4] + sums[5]), (sums[2] + sums[3]) + (sums[6] + sums[7])
-    return (low + high) * row_scales
+    return low + high
 
 
 def integer_error(x: torch.Tensor, weight: QuantTensor, exact: torch.Tensor) -> torch.Tensor:
@@ -92,7 +116,10 @@ def integer_error(x: torch.Tensor, weight: QuantTensor, exact: torch.Tensor) -> 
     padded = pad(exact, (0, -exact.shape[1] % BLOCK_SIZE)).view(len(exact), -1, BLOCK_SIZE).abs()
     bound = torch.einsum("tb,rb->tr", scales / 2, padded.sum(-1))
     sizes = whole.abs().sum(-1) * scales
-    if weight.spec.four_bit:
+    if weight.spec.affine:  # the rounding of z * S and of s * P, which may be much larger than their sum
+        planes = weight.scales.float().abs().view(len(exact), 2, -1, whole.shape[1])
+        bound += 4e-7 * torch.einsum("tb,rb->tr", sizes, 15 * planes[:, 0].amax(1) + planes[:, 1].amax(1))
+    elif weight.spec.four_bit:
         bound += integer_codebook(weight.spec.kind).error * (sizes @ weight.scales.float().T)
     bound += 1e-6 * torch.einsum("tb,rb->tr", sizes, padded.amax(-1))
     return bound + SMALLEST * (1 + padded.sum((-1, -2)))

@@ -53,7 +53,7 @@ class ReferenceKernels:
         """A weight as float32, some rows at a time."""
         if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
             yield slice(0, len(weight)), weight
-        elif isinstance(weight, QuantTensor) and weight.spec.four_bit:
+        elif isinstance(weight, QuantTensor) and weight.spec.kind in CODEBOOKS:
             pairs = _pair_table(weight)
             for part in row_chunks(*weight.shape):
                 yield part, _four_bit_rows(weight, pairs, part)

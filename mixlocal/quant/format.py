@@ -1,18 +1,20 @@
 """Blueprints of quantized tensors and of one expert's record.
 
-Shapes: R = rows (output features), C = columns (input features), B = blocks per row.
+Shapes: R = rows (output features), C = columns (input features), B = runs of 64 columns in a row, the last one begun.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
 
 from mixlocal.errors import RefusedError
 
-Kind = Literal["nf4", "fp4", "int8", "bf16"]
+Kind = Literal["nf4", "fp4", "int4", "int4-32", "int8", "bf16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ScaleBits = Literal[16, 32]
 BLOCK_SIZE = 64
@@ -40,6 +42,7 @@ class QuantSpec:
     """How the numbers of one tensor are written.
 
     nf4, fp4: 4-bit codes, two a byte, the first element in the high nibble; one absmax per block of 64 along the row.
+    int4, int4-32: 4-bit codes, packed the same; a scale s and a zero z per block of 64 or 32: s * code + z.
     int8: symmetric, one float32 scale per row.  bf16: not quantized.
     """
 
@@ -48,7 +51,22 @@ class QuantSpec:
 
     @property
     def four_bit(self) -> bool:
-        return self.kind in CODEBOOKS
+        return self.kind in CODEBOOKS or self.affine
+
+    @property
+    def affine(self) -> bool:
+        return self.kind in ("int4", "int4-32")
+
+    @property
+    def block_size(self) -> int:
+        """Numbers that share a scale, of a four-bit format."""
+        return 32 if self.kind == "int4-32" else BLOCK_SIZE
+
+    @property
+    def planes(self) -> int:
+        """Numbers that 64 columns have beside their codes: an absmax; a scale and a zero; or, in this order, the scales
+        of the first and the last 32 and their zeros."""
+        return 2 * BLOCK_SIZE // self.block_size if self.affine else 1
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -68,10 +86,10 @@ class QuantSpec:
         return rows * columns * self.code_dtype.itemsize
 
     def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """[R, B] for 4 bits, [R, 1] for int8, [R, 0] for bf16."""
+        """[R, planes * B] for 4 bits, one plane of a row behind the other; [R, 1] for int8, [R, 0] for bf16."""
         rows, columns = shape
         if self.four_bit:
-            return rows, -(-columns // BLOCK_SIZE)
+            return rows, self.planes * -(-columns // BLOCK_SIZE)
         return rows, 1 if self.kind == "int8" else 0
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
@@ -84,7 +102,7 @@ class QuantSpec:
 class QuantTensor:
     """A [R, C] matrix as codes and scales, both views into whatever buffer holds them.
 
-    codes: uint8 [R, C/2] for 4 bits, int8 [R, C].  scales: [R, B] in spec.scale_dtype.
+    codes: uint8 [R, C/2] for 4 bits, int8 [R, C].  scales: `spec.scales_shape` in spec.scale_dtype.
     """
 
     spec: QuantSpec
@@ -98,6 +116,8 @@ class QuantTensor:
 
 
 Weight = torch.Tensor | QuantTensor
+WIDE = QuantSpec("int8")
+WIDE_BITS = {"w1": 1, "w3": 2, "w2": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +149,23 @@ class ExpertLayout:
     dim: int
     hidden: int
     spec: QuantSpec
+    wide: int = 0  # the matrices that are int8 instead: 1 for w1, 2 for w3, 4 for w2, added up
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {"w1": (self.hidden, self.dim), "w3": (self.hidden, self.dim), "w2": (self.dim, self.hidden)}
 
+    def spec_of(self, name: str) -> QuantSpec:
+        """Of w1, w3 or w2."""
+        return WIDE if self.wide & WIDE_BITS[name] else self.spec
+
     @property
     def parts(self) -> tuple[Part, ...]:
-        sizes = {f"{name}.codes": self.spec.code_bytes(shape) for name, shape in self.shapes.items()}
+        specs = {name: self.spec_of(name) for name in self.shapes}
+        sizes = {f"{name}.codes": specs[name].code_bytes(shape) for name, shape in self.shapes.items()}
         for name, shape in self.shapes.items():
-            rows, blocks = self.spec.scales_shape(shape)
-            sizes[f"{name}.scales"] = rows * blocks * self.spec.scale_dtype.itemsize
+            rows, numbers = specs[name].scales_shape(shape)
+            sizes[f"{name}.scales"] = rows * numbers * specs[name].scale_dtype.itemsize
         parts, offset = [], 0
         for name, nbytes in sizes.items():
             parts.append(Part(name, offset, nbytes))
@@ -155,6 +181,47 @@ class ExpertLayout:
     @property
     def stride(self) -> int:
         return _align(self.nbytes, RECORD_ALIGNMENT)
+
+
+class ExpertLayouts:
+    """The records of a whole file, one behind the other.
+
+    wide: of each record, as in `ExpertLayout`; empty where no matrix is written otherwise than `spec`.
+    """
+
+    def __init__(self, dim: int, hidden: int, spec: QuantSpec, count: int, wide: tuple[int, ...] = ()) -> None:
+        assert len(wide) in (0, count)
+        self._made = {mask: ExpertLayout(dim, hidden, spec, mask) for mask in sorted(set(wide) or {0})}
+        self._strides = {mask: layout.stride for mask, layout in self._made.items()}
+        self._wide = wide or (0,) * count
+        self.offsets = (0, *accumulate(self._strides[mask] for mask in self._wide))
+
+    def __len__(self) -> int:
+        return len(self._wide)
+
+    def __getitem__(self, index: int) -> ExpertLayout:
+        return self._made[self._wide[index]]
+
+    def stride(self, index: int) -> int:
+        return self._strides[self._wide[index]]
+
+    def at(self, offset: int) -> int:
+        """The record that a byte of the file belongs to."""
+        return bisect_right(self.offsets, offset) - 1
+
+    @property
+    def formats(self) -> tuple[ExpertLayout, ...]:
+        """The different ones there are."""
+        return tuple(self._made.values())
+
+    @property
+    def largest(self) -> ExpertLayout:
+        return max(self._made.values(), key=lambda layout: layout.stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return self.offsets[-1]
 
 
 def _align(offset: int, alignment: int) -> int:

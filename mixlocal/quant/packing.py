@@ -47,24 +47,23 @@ def _scales_offset(spec: QuantSpec, shape: tuple[int, int]) -> int:
 
 
 def read_record(layout: ExpertLayout, record: torch.Tensor) -> ExpertWeights:
-    """The expert inside `record`, uint8 [layout.stride], as views, through which it is also written."""
+    """The expert inside `record`, uint8, at least layout.nbytes of it, as views, through which it is also written."""
     arrays = _record_arrays(layout, record)
 
     def weight(name: str) -> Weight:
-        codes = arrays[f"{name}.codes"]
-        if layout.spec.kind == "bf16":
+        codes, spec = arrays[f"{name}.codes"], layout.spec_of(name)
+        if spec.kind == "bf16":
             return codes
-        return QuantTensor(layout.spec, layout.shapes[name], codes, arrays[f"{name}.scales"])
+        return QuantTensor(spec, layout.shapes[name], codes, arrays[f"{name}.scales"])
 
     return ExpertWeights(w1=weight("w1"), w3=weight("w3"), w2=weight("w2"))
 
 
 def _record_arrays(layout: ExpertLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
-    spec = layout.spec
     arrays = {}
     for part in layout.parts:
         name, role = part.name.split(".")
-        matrix = layout.shapes[name]
+        matrix, spec = layout.shapes[name], layout.spec_of(name)
         shape = spec.codes_shape(matrix) if role == "codes" else spec.scales_shape(matrix)
         dtype = spec.code_dtype if role == "codes" else spec.scale_dtype
         arrays[part.name] = record[part.offset : part.offset + part.nbytes].view(dtype).view(shape)

@@ -10,13 +10,17 @@ from torch.nn.functional import pad
 from mixlocal.errors import RefusedError
 from mixlocal.quant.format import BLOCK_SIZE, CODEBOOKS, QuantSpec, QuantTensor, Weight
 from mixlocal.quant.packing import pack_nibbles, unpack_nibbles
+from mixlocal.quant.search import Search, best_lines, best_scales
 
+WIDEST = 3e38  # a block that spans more is not searched
 TINY = 1e-38  # stands in for the absmax of an all-zero block, as in bitsandbytes
 CHUNK_ELEMENTS = 1 << 21  # temporaries are a few times this many floats, whatever the tensor's size
 
 
-def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
+def quantize(name: str, weight: torch.Tensor, spec: QuantSpec, search: Search | None = None) -> Weight:
     """[R, C] floats -> the same matrix as `spec` says; `name` is for the error message.
+
+    search: look for the scales of 4-bit blocks that lose least; without, they span the block's numbers.
 
     Raises `RefusedError` for NaN or infinity, for a shape the format cannot hold, and for an absmax beyond float16.
     """
@@ -27,12 +31,10 @@ def quantize(name: str, weight: torch.Tensor, spec: QuantSpec) -> Weight:
         return weight.to(torch.bfloat16)
     result = empty(spec, (rows, columns))
     codes, scales = result.codes, result.scales
-    quantize_rows = _four_bit_rows if spec.four_bit else _int8_rows
     for part in row_chunks(rows, columns):
         exact = weight[part].float()
         check_finite(name, exact, part.start)
-        codes[part], absmax = quantize_rows(exact, spec)
-        scales[part] = absmax
+        codes[part], scales[part] = _rows(exact, spec, search)
     if not bool(scales.isfinite().all()):
         raise RefusedError(f"{name}: its largest weight does not fit a 16-bit scale", "quantize with --scales 32")
     return result
@@ -51,6 +53,8 @@ def dequantize(weight: Weight) -> torch.Tensor:
     if weight.spec.kind == "int8":
         return weight.codes.float() * weight.scales
     rows, columns = weight.shape
+    if weight.spec.affine:
+        return _affine_values(weight)
     codebook = torch.tensor(CODEBOOKS[weight.spec.kind], device=weight.codes.device)
     levels = pad(codebook[unpack_nibbles(weight.codes).int()], (0, -columns % BLOCK_SIZE))
     blocks = levels.view(rows, -1, BLOCK_SIZE) * weight.scales.float().unsqueeze(-1)
@@ -93,16 +97,64 @@ def check_finite(name: str, weight: torch.Tensor, first_row: int = 0) -> None:
     raise RefusedError(f"{name} holds {value} at {index}", "the checkpoint is damaged; fetch it again")
 
 
-def _four_bit_rows(exact: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(exact: torch.Tensor, spec: QuantSpec, search: Search | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of float32 [R, C]."""
+    if spec.affine:
+        return _affine_rows(exact, spec, search)
+    return _codebook_rows(exact, spec, search) if spec.four_bit else _int8_rows(exact, spec)
+
+
+def _codebook_rows(exact: torch.Tensor, spec: QuantSpec, search: Search | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest level of the codebook per element, absmax per block; the arithmetic of bitsandbytes' `quantize_4bit`."""
     rows, columns = exact.shape
     blocks = pad(exact, (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=-1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).clamp_(-1, 1).view(rows, -1)
+    reciprocal = 1.0 / absmax.clamp(min=TINY)
     levels, order = torch.tensor(CODEBOOKS[spec.kind]).sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
+    if search is not None:
+        unit = blocks * reciprocal.unsqueeze(-1)
+        found = best_scales(unit, search.weights(columns, BLOCK_SIZE), levels, midpoints) * absmax
+        rounded = found.to(spec.scale_dtype).float()
+        usable = (absmax >= TINY) & (rounded.abs() > TINY)
+        absmax = torch.where(usable, found, absmax)
+        reciprocal = torch.where(usable, 1.0 / rounded, reciprocal)
+    scaled = (blocks * reciprocal.unsqueeze(-1)).clamp_(-1, 1).view(rows, -1)
     codes = order.to(torch.uint8)[torch.bucketize(scaled[:, :columns].contiguous(), midpoints, out_int32=True)]
     return pack_nibbles(codes), absmax.to(spec.scale_dtype)
+
+
+def _affine_rows(exact: torch.Tensor, spec: QuantSpec, search: Search | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """code = (number - zero) / scale, 0 to 15; without a search these span a block from its least to its largest."""
+    rows, columns = exact.shape
+    size, padding = spec.block_size, -columns % BLOCK_SIZE
+    present = torch.arange(columns + padding).view(-1, size) < columns
+    blocks = pad(exact, (0, padding)).view(rows, -1, size)
+    blocks = torch.where(present, blocks, blocks[..., :1])  # what is behind the row's end must not widen a range
+    least, most = blocks.amin(-1) + 0.0, blocks.amax(-1)
+    span = most - least
+    scale, zero = span / 15.0, least
+    if search is not None:
+        unit = (blocks - least.unsqueeze(-1)) * (1.0 / span).unsqueeze(-1)
+        line_scale, line_zero = best_lines(unit, search.weights(columns, size))
+        usable = (span >= TINY) & (span < WIDEST)
+        scale = torch.where(usable, line_scale * span, scale)
+        zero = torch.where(usable, least + line_zero * span, zero)
+    scale, zero = scale.to(spec.scale_dtype), zero.to(spec.scale_dtype)
+    rounded = scale.float()
+    reciprocal = torch.where(rounded > TINY, 1.0 / rounded, 0.0)
+    codes = ((blocks - zero.float().unsqueeze(-1)) * reciprocal.unsqueeze(-1)).clamp_(0, 15).round_()
+    halves = BLOCK_SIZE // size
+    planes = torch.stack((scale, zero), 1).view(rows, 2, -1, halves).transpose(2, 3)  # [R, 2, halves, B]
+    return pack_nibbles(codes.to(torch.uint8).view(rows, -1)[:, :columns]), planes.flatten(1)
+
+
+def _affine_values(weight: QuantTensor) -> torch.Tensor:
+    (rows, columns), size = weight.shape, weight.spec.block_size
+    halves = BLOCK_SIZE // size
+    planes = weight.scales.float().view(rows, 2, halves, -1).transpose(2, 3).reshape(rows, 2, -1)
+    codes = pad(unpack_nibbles(weight.codes).float(), (0, -columns % BLOCK_SIZE)).view(rows, -1, size)
+    return (codes * planes[:, 0].unsqueeze(-1) + planes[:, 1].unsqueeze(-1)).view(rows, -1)[:, :columns]
 
 
 def _int8_rows(exact: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from mixlocal.errors import CorruptError
-from mixlocal.quant.format import ExpertLayout
+from mixlocal.quant.format import ExpertLayouts
 from mixlocal.store.checkpoint import read_into
 from mixlocal.store.durable import (
     Buffer,
@@ -57,16 +57,15 @@ class Building:
         final: Path,
         fingerprint: str,
         name: str,
-        layout: ExpertLayout,
-        n_layers: int,
+        layouts: ExpertLayouts,
         n_experts: int,
         trunk_specs: Sequence[TensorSpec],
     ) -> None:
         self.final, self.folder = final, building_folder(final)
         self.name, self.n_experts = name, n_experts
-        self._map = PieceMap(layout, n_layers, n_experts, trunk_specs)
+        self._map = PieceMap(layouts, n_experts, trunk_specs)
         self._journal = Journal(journal_path(final), fingerprint)
-        self._records: list[Record | None] = [None] * (n_layers * n_experts)
+        self._records: list[Record | None] = [None] * len(layouts)
         self._files: dict[str, BuildFile] = {}
         self._unsynced = 0
         self._chunk = memoryview(bytearray(CHUNK))

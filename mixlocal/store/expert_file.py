@@ -1,4 +1,4 @@
-"""experts.bin: one record per expert at a fixed stride, opened with `pread`."""
+"""experts.bin: one record per expert, opened with `pread`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ExpertFile:
             raise CorruptError(f"{self.path}: {size} bytes instead of {manifest.experts_bytes}", "pull the model again")
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> None:
-        """Fill `slot`, uint8 [stride], with a record and check it. Raises `CorruptError`."""
+        """Fill `slot`, uint8 and large enough, with a record and check it. Raises `CorruptError`."""
         self.fill(layer, expert, slot)
         self.check(layer, expert, slot)
 
@@ -65,7 +65,7 @@ class ExpertFile:
         manifest = self.manifest
         index = layer * manifest.n_experts + expert
         hasher = record_hasher(manifest.name, layer, expert)
-        hasher.update(byte_view(slot))
+        hasher.update(byte_view(slot[: manifest.layouts.stride(index)]))
         if hasher.hexdigest() != manifest.records[index].xxh3:
             raise CorruptError(
                 f"{self.path}: layer {layer} expert {expert} is damaged", "remove the model and pull it again"
@@ -76,8 +76,9 @@ class ExpertFile:
 
     def _fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
         alignment = RECORD_ALIGNMENT if self.direct else 1
-        offset = (layer * self.manifest.n_experts + expert) * self.manifest.stride
-        read_exactly(self._descriptor, self.path, offset, byte_view(slot), alignment)
+        layouts, index = self.manifest.layouts, layer * self.manifest.n_experts + expert
+        room = byte_view(slot[: layouts.stride(index)])
+        read_exactly(self._descriptor, self.path, layouts.offsets[index], room, alignment)
 
 
 def open_to_read(path: Path, direct: bool) -> tuple[int, bool]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import msgspec
 
 from mixlocal.errors import CorruptError, NotFoundError, RefusedError
-from mixlocal.quant.format import ExpertLayout, Kind, QuantSpec, ScaleBits
+from mixlocal.quant.format import ExpertLayouts, Kind, QuantSpec, ScaleBits
 from mixlocal.store.durable import named_errors, write_file
 from mixlocal.store.paths import is_plain_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for damaged JSON
 
@@ -34,11 +36,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was done to the weights. Router and norms are always float32."""
+    """What was done to the weights. Router and norms are always float32. Version 2 brought what follows `attention`."""
 
     experts: Kind
     scale_bits: ScaleBits
     attention: Kind
+    search: bool = False  # for the scales that lose least
+    calibrated_on: str | None = None  # the sha256 of the text that told which columns and matrices count
+    fit: int | None = None  # the bytes that the store was to fit
+    wide: tuple[int, ...] = ()  # which matrices of each record are therefore int8, see `ExpertLayouts`
 
     @property
     def expert_spec(self) -> QuantSpec:
@@ -47,6 +53,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def attention_spec(self) -> QuantSpec:
         return QuantSpec(self.attention)
+
+
+@cache
+def expert_layouts(dim: int, hidden: int, recipe: Recipe, n_records: int) -> ExpertLayouts:
+    """Raises `RefusedError` for a recipe of another number of records."""
+    if len(recipe.wide) not in (0, n_records):
+        raise RefusedError(f"a recipe for {len(recipe.wide)} experts does not go with a model of {n_records}")
+    return ExpertLayouts(dim, hidden, recipe.expert_spec, n_records, recipe.wide)
 
 
 class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,7 +76,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything needed to open a store; `records` is indexed by layer * n_experts + expert."""
+    """Everything needed to open a store; `records` is indexed by layer * n_experts + expert. stride: of the largest."""
 
     format_version: int
     name: str
@@ -82,12 +96,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     template: str | None = None
 
     @property
-    def layout(self) -> ExpertLayout:
-        return ExpertLayout(self.dim, self.hidden, self.recipe.expert_spec)
+    def layouts(self) -> ExpertLayouts:
+        return expert_layouts(self.dim, self.hidden, self.recipe, self.n_layers * self.n_experts)
 
     @property
     def experts_bytes(self) -> int:
-        return self.stride * len(self.records)
+        return self.layouts.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -133,16 +147,18 @@ def read_manifest(folder: Path) -> Manifest:
 def _decode(path: Path, body: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(body, type=_Version).format_version
-        manifest = msgspec.json.decode(body, type=Manifest) if version == FORMAT_VERSION else None
+        manifest = msgspec.json.decode(body, type=Manifest) if version in READABLE_VERSIONS else None
     except UNDECODABLE as error:
         raise CorruptError(f"{path}: {error}") from error
     if manifest is None:
         raise RefusedError(
-            f"{path}: format version {version}; this mixlocal reads {FORMAT_VERSION}", "upgrade mixlocal"
+            f"{path}: format version {version}; this mixlocal reads up to {FORMAT_VERSION}", "upgrade mixlocal"
         )
     counts = (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts)
     n_records = manifest.n_layers * manifest.n_experts
-    if min(counts) < 1 or manifest.stride != manifest.layout.stride or len(manifest.records) != n_records:
+    wide = manifest.recipe.wide
+    fits = min(counts) >= 1 and len(wide) in (0, n_records) and all(0 <= mask < 8 for mask in wide)
+    if not fits or manifest.stride != manifest.layouts.largest.stride or len(manifest.records) != n_records:
         raise CorruptError(f"{path}: its record layout contradicts itself")
     outside = next((name for name in manifest.files if not is_plain_name(name)), None)
     if outside is not None:

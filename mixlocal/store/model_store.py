@@ -75,7 +75,7 @@ class ModelStore:
         experts = self.experts()
         try:
             for done_records in self._check_records(experts):
-                yield done + done_records * self.manifest.stride, total
+                yield done + self.manifest.layouts.offsets[done_records], total
         finally:
             experts.close()
 

@@ -60,6 +60,11 @@ class Home:
         return self.cache / "kv"
 
     @property
+    def logits(self) -> Path:
+        """The folder with reference logits of texts, made anew where they are missed."""
+        return self.cache / "logits"
+
+    @property
     def downloads(self) -> Path:
         return self.cache / "downloads"
 

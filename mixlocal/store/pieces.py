@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from mixlocal.quant.format import ExpertLayout
+from mixlocal.quant.format import ExpertLayouts
 from mixlocal.store.expert_file import EXPERTS_FILE
 from mixlocal.store.model_store import SCALES_SUFFIX, TRUNK_FILE
 from mixlocal.store.shard_writer import TensorSpec, header_of, offsets_of
@@ -29,15 +29,21 @@ def expert_piece(layer: int, expert: int, part: str) -> str:
     return f"layers.{layer}.experts.{expert}.{part}"
 
 
+def expert_of(piece: str) -> tuple[int, int, str]:
+    """The layer, expert and matrix of what `expert_piece` named."""
+    _, layer, _, expert, part = piece.split(".")
+    return int(layer), int(expert), part
+
+
 def piece_hasher(name: str) -> xxhash.xxh3_128:
     """Takes a piece's ranges in the order they lie in the file; the name is in it."""
     return xxhash.xxh3_128(f"{name}\0".encode())
 
 
-def file_sizes(layout: ExpertLayout, n_records: int, trunk_specs: Sequence[TensorSpec]) -> dict[str, int]:
+def file_sizes(layouts: ExpertLayouts, trunk_specs: Sequence[TensorSpec]) -> dict[str, int]:
     """Bytes of the two large files of a store."""
     trunk = len(header_of(trunk_specs)) + sum(spec.nbytes for spec in trunk_specs)
-    return {TRUNK_FILE: trunk, EXPERTS_FILE: layout.stride * n_records}
+    return {TRUNK_FILE: trunk, EXPERTS_FILE: layouts.nbytes}
 
 
 class PieceMap:
@@ -46,24 +52,24 @@ class PieceMap:
     ranges: by piece; its codes, then its scales where it has any.  sizes: of the files.
     """
 
-    def __init__(self, layout: ExpertLayout, n_layers: int, n_experts: int, trunk_specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, layouts: ExpertLayouts, n_experts: int, trunk_specs: Sequence[TensorSpec]) -> None:
         self.header = header_of(trunk_specs)
-        self.sizes = file_sizes(layout, n_layers * n_experts, trunk_specs)
-        self._layout, self._n_experts = layout, n_experts
+        self.sizes = file_sizes(layouts, trunk_specs)
+        self._layouts, self._n_experts = layouts, n_experts
         self.ranges: dict[str, tuple[Range, ...]] = dict(self._trunk_ranges(trunk_specs))
         self.trunk = tuple(self.ranges)
-        for index in range(n_layers * n_experts):
+        for index in range(len(layouts)):
             self._add_record(index)
 
     def record(self, index: int) -> tuple[str, str, str]:
         """The pieces of one record: w1, w3, w2."""
-        w1, w3, w2 = (expert_piece(*divmod(index, self._n_experts), part) for part in self._layout.shapes)
+        w1, w3, w2 = (expert_piece(*divmod(index, self._n_experts), part) for part in self._layouts[index].shapes)
         return w1, w3, w2
 
     def index(self, piece: str) -> int | None:
         """The record that a piece is part of, if it is not of the trunk."""
         first = self.ranges[piece][0]
-        return first.offset // self._layout.stride if first.file == EXPERTS_FILE else None
+        return self._layouts.at(first.offset) if first.file == EXPERTS_FILE else None
 
     def in_file_order(self, pieces: Iterable[str]) -> list[Range]:
         return sorted((part for piece in pieces for part in self.ranges[piece]), key=lambda part: part.offset)
@@ -80,11 +86,12 @@ class PieceMap:
             yield name, tuple(Range(name, TRUNK_FILE, *places[array]) for array in arrays)
 
     def _add_record(self, index: int) -> None:
-        names = dict(zip(self._layout.shapes, self.record(index), strict=True))
-        parts = [part for part in self._layout.parts if part.nbytes]
-        ends = [part.offset for part in parts[1:]] + [self._layout.stride]
+        layout, start = self._layouts[index], self._layouts.offsets[index]
+        names = dict(zip(layout.shapes, self.record(index), strict=True))
+        parts = [part for part in layout.parts if part.nbytes]
+        ends = [part.offset for part in parts[1:]] + [layout.stride]
         for part, end in zip(parts, ends, strict=True):
             name = names[part.name.partition(".")[0]]
             padding = end - part.offset - part.nbytes
-            place = Range(name, EXPERTS_FILE, index * self._layout.stride + part.offset, part.nbytes, padding)
+            place = Range(name, EXPERTS_FILE, start + part.offset, part.nbytes, padding)
             self.ranges[name] = (*self.ranges.get(name, ()), place)

@@ -265,7 +265,7 @@ def test_a_flipped_bit_costs_one_piece_and_the_proof_of_its_shard(name: str, cas
         for shard in shards:
             quantization.accept(shard, SHA)
     where = {ref.name: origin.shard for pieces in shards.values() for ref, origin in pieces}
-    places = PieceMap(blueprint.layout, 2, 4, blueprint.trunk_specs)
+    places = PieceMap(blueprint.layouts, 4, blueprint.trunk_specs)
     path = building_folder(out) / name
     for _ in range(40):
         flip(path, at := rng.randrange(path.stat().st_size), rng.randrange(8))

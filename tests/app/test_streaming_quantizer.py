@@ -60,7 +60,7 @@ def test_every_expert_is_what_the_format_says(kind: str, shards: int, tmp_path: 
     for layer in range(2):
         for expert in range(4):
             experts.read(layer, expert, record)
-            read = read_record(store.manifest.layout, record)
+            read = read_record(store.manifest.layouts[0], record)
             for part in ("w1", "w2", "w3"):
                 name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
                 ours, expected = getattr(read, part), quantize(name, source[name], QuantSpec(kind))

@@ -86,7 +86,13 @@ def test_6_disk_full_while_writing(run, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("command", [("prompt", "-m", "tiny", "x"), ("plan", "tiny"), ("bench", "-m", "tiny")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prompt", "-m", "tiny", "x"), ("plan", "tiny"), ("bench", "-m", "tiny"),
+        ("bench", "--compare", "tiny,tiny"), ("experts", "tiny", "--prompt", "xyz"),
+    ],
+)  # fmt: skip
 def test_7_memory(run, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest budget that works is named, and works."""
     few = ("-p", "2", "-n", "2", "-r", "1") if command[0] == "bench" else ()

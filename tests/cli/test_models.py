@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from mixlocal.cli import COMMANDS
 from mixlocal.kernels.isa import native_isas
 
 MIXTRAL_8X7B = {
@@ -161,5 +162,5 @@ def test_doctor_measures_the_memory_and_reports_a_wrong_instruction_set(run, mon
 
 def test_version_and_help(run) -> None:
     assert run("--version").out.startswith("mixlocal, version")
-    for command in ("pull", "quantize", "prompt", "ls", "show", "verify", "rm", "bench", "doctor"):
+    for command in COMMANDS:
         assert run(command, "--help").code == 0

@@ -34,6 +34,8 @@ SPECS = {
     "nf4-32": QuantSpec("nf4", 32),
     "fp4": QuantSpec("fp4"),
     "fp4-32": QuantSpec("fp4", 32),
+    "int4": QuantSpec("int4"),
+    "int4-32": QuantSpec("int4-32", 32),
     "int8": QuantSpec("int8"),
     "bf16": QuantSpec("bf16"),
 }
@@ -170,7 +172,8 @@ def test_no_tokens_and_no_rows(device: str, name: str) -> None:
     kernels = bitsandbytes_kernels(device)
     assert kernels.linear(torch.empty(0, 64, device=device), four_bit(4, 64, device, name)).shape == (0, 4)
     spec = SPECS[name]
-    codes, scales = torch.empty(0, 32, dtype=torch.uint8), torch.empty(0, 1, dtype=spec.scale_dtype)
+    codes = torch.empty(0, 32, dtype=torch.uint8)
+    scales = torch.empty(spec.scales_shape((0, 64)), dtype=spec.scale_dtype)
     empty = QuantTensor(spec, (0, 64), codes.to(device), scales.to(device))
     for tokens in (1, FEW_TOKENS + 1):
         assert kernels.linear(torch.ones(tokens, 64, device=device), empty).shape == (tokens, 0)

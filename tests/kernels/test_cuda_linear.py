@@ -6,14 +6,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from mixlocal.errors import UsageError
-from mixlocal.kernels import select
-from mixlocal.kernels.cuda import CudaKernels, check_triton
+from mixlocal.kernels import cuda, select
+from mixlocal.kernels.cuda import CudaKernels, TritonProducts, check_triton
 from mixlocal.kernels.integer import integer_linear
 from mixlocal.kernels.reference import ReferenceKernels
 from mixlocal.quant.format import ExpertWeights, QuantSpec, QuantTensor, Weight
@@ -27,7 +27,11 @@ SPECS = {
     "nf4-32": QuantSpec("nf4", 32),
     "fp4": QuantSpec("fp4"),
     "int8": QuantSpec("int8"),
+    "int4": QuantSpec("int4"),
+    "int4-32": QuantSpec("int4-32", 32),
 }
+OTHER_SCALES = {"int4": QuantSpec("int4", 32), "int4-32": QuantSpec("int4-32")}
+MIXED = (("int8", "int4", "int4-32"), ("int4", "int4", "int8"), ("int4-32", "nf4", "int4"))  # w1, w3, w2
 SHAPES = ((1, 64), (5, 2), (33, 130), (20, 1088), (70, 576)) + ((300, 4096),) * GPU
 TOKENS = (1, 3, 5, 40)
 BOUND = 5e-6  # of a product's norm: float32 sums in another order
@@ -82,6 +86,15 @@ def test_products_have_the_bits_of_the_compiled_kernels(
         assert torch.equal(result, integer_linear(x, weight)), tokens
 
 
+@pytest.mark.parametrize("name", OTHER_SCALES)
+def test_scales_and_zeros_of_the_other_width(products: ModuleType, name: str) -> None:
+    weight = quantize("w", random(20, 194) + 0.5, OTHER_SCALES[name])
+    assert isinstance(weight, QuantTensor)
+    for tokens in (2, 6):
+        x = random(tokens, 194)
+        assert torch.equal(products.multiply(x.to(DEVICE), there(weight)).cpu(), integer_linear(x, weight)), tokens
+
+
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("tokens", [2, 6])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -117,7 +130,7 @@ def test_experts_have_the_bits_of_the_compiled_kernels(products: ModuleType, nam
     shapes = {"w1": (hidden, dim), "w3": (hidden, dim), "w2": (dim, hidden)}
     weights = {part: quantized(name, *shape) for part, shape in shapes.items()}
     bound = host.bind_expert(ExpertWeights(**weights))
-    for tokens in TOKENS:
+    for tokens in TOKENS if GPU else (3, 5):
         x, ids = random(tokens, dim) * 3, torch.zeros(tokens, 1, dtype=torch.int64)
         expected = host.moe_ffn(x, ids, torch.ones(tokens, 1), {0: bound})
         moved = ExpertWeights(**{part: there(weight) for part, weight in weights.items()})
@@ -126,6 +139,38 @@ def test_experts_have_the_bits_of_the_compiled_kernels(products: ModuleType, nam
             assert torch.equal(result, expected), tokens
         else:  # its fused multiply-add rounds twice
             assert (result - expected).norm() < 1e-3 * expected.norm(), tokens
+
+
+@pytest.mark.parametrize("names", MIXED)
+def test_experts_whose_matrices_are_in_different_formats(products: ModuleType, names: tuple[str, str, str]) -> None:
+    """Each meets activations that were made whole for it."""
+    dim, hidden = 66, 130
+    w1, w3, w2 = quantized(names[0], hidden, dim), quantized(names[1], hidden, dim), quantized(names[2], dim, hidden)
+    for tokens in (3, 6):
+        x = random(tokens, dim) * 3
+        result = products.expert(x.to(DEVICE), ExpertWeights(there(w1), there(w3), there(w2))).cpu()
+        gate, up = integer_linear(x, w1), integer_linear(x, w3)
+        inner = products.Quantized(gate.to(DEVICE), w2, up.to(DEVICE))
+        assert torch.equal(result, products.multiply_quantized(inner, there(w2)).cpu()), tokens
+        expected = integer_linear(torch.nn.functional.silu(gate) * up, w2)
+        assert (result - expected).norm() < 1e-3 * expected.norm(), tokens
+    host = select("cpu")
+    if GPU and host.name.startswith("cpu-") and host.name != "cpu-scalar":
+        ids, bound = torch.zeros(tokens, 1, dtype=torch.int64), host.bind_expert(ExpertWeights(w1, w3, w2))
+        assert torch.equal(result, host.moe_ffn(x, ids, torch.ones(tokens, 1), {0: bound}))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_multiply_by_every_quantized_format_with_programs(
+    products: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And say that a GPU then computes what the compiled kernels do."""
+    made = TritonProducts(products.multiply, products.expert)
+    monkeypatch.setattr(cuda, "triton_products", lambda device: made)
+    kernels, weight, x = CudaKernels("cuda"), quantized(name, 9, 66), random(2, 66)
+    assert torch.equal(kernels.linear(x.to(DEVICE), there(weight)).cpu(), integer_linear(x, weight))
+    assert kernels.computes_as(SimpleNamespace(name="cpu-avx2"), SPECS[name])  # type: ignore[arg-type]
+    assert not kernels.computes_as(SimpleNamespace(name="cpu-scalar"), SPECS[name])  # type: ignore[arg-type]
 
 
 def bfloat16(*sizes: int) -> torch.Tensor:
@@ -168,6 +213,12 @@ def test_wrong_programs_are_refused() -> None:
     def almost(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return right(x, weight) * (1 + 1e-6 * (len(x) > 1))
 
+    def other_zeros(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        assert isinstance(weight, QuantTensor)
+        return right(x, weight) + 1e-3 * weight.spec.affine
+
     check_triton(right, "cpu")
     with pytest.raises(UsageError, match="Triton multiplies nf4 weights wrongly on cpu"):
         check_triton(almost, "cpu")
+    with pytest.raises(UsageError, match="Triton multiplies int4 weights wrongly on cpu"):
+        check_triton(other_zeros, "cpu")

@@ -20,6 +20,9 @@ QUANTIZED = {
     "nf4": QuantSpec("nf4"),
     "nf4-32": QuantSpec("nf4", 32),
     "fp4": QuantSpec("fp4"),
+    "int4": QuantSpec("int4"),
+    "int4-32": QuantSpec("int4-32"),
+    "int4 wide": QuantSpec("int4-32", 32),
     "int8": QuantSpec("int8"),
 }
 FORMATS = (*QUANTIZED, "bf16", "float32")
@@ -71,7 +74,7 @@ def test_linear_is_what_is_specified(isa: str, name: str) -> None:
         assert expected is None or torch.equal(result, expected), (x.shape, weight.shape)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["nf4", "int4", "int4-32", "int8"])
 @pytest.mark.parametrize("tokens", [4, 5, 6, 13, 520])
 def test_linear_at_the_edges_of_its_blocking(isa: str, name: str, tokens: int) -> None:
     weight, x = formatted(torch.randn(65, 640), name), torch.randn(tokens, 640)
@@ -163,6 +166,19 @@ def test_every_float16_scale_is_read_exactly(isa: str) -> None:
     for tokens in (1, 6):  # row by row and in tiles
         assert torch.equal(CpuKernels(isa).linear(x[:tokens], weight), integer_linear(x[:tokens], weight))
     torch.testing.assert_close(CpuKernels(isa).linear(x[:1], weight), scales.float().T, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-32"])
+def test_the_largest_sums_of_affine_codes_stay_whole(isa: str, name: str) -> None:
+    """Codes of 15 times activations of 127 or -127 come closest to what sixteen bits hold."""
+    spec = QUANTIZED[name]
+    codes = torch.full((40, 640), 15, dtype=torch.uint8)
+    scales = torch.rand(40, spec.planes * 10).half() - 0.5
+    weight = QuantTensor(spec, (40, 640), pack_nibbles(codes), scales)
+    x = torch.ones(20, 640)
+    x[::2] = -1.0
+    for tokens in (1, 3, 20):
+        assert torch.equal(CpuKernels(isa).linear(x[:tokens], weight), integer_linear(x[:tokens], weight))
 
 
 def test_int8_codes_of_minus_128(isa: str) -> None:

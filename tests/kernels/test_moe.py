@@ -21,6 +21,8 @@ SPECS = {
     "nf4": QuantSpec("nf4"),
     "nf4-32": QuantSpec("nf4", 32),
     "fp4": QuantSpec("fp4"),
+    "int4": QuantSpec("int4"),
+    "int4-32": QuantSpec("int4-32"),
     "int8": QuantSpec("int8"),
     "bf16": QuantSpec("bf16"),
 }
@@ -171,16 +173,24 @@ def test_an_expert_of_another_width_is_refused(isa: str) -> None:
             kernels.moe_ffn(x, ids, weights, bound(kernels, experts))
 
 
-def test_experts_in_two_formats_are_computed_or_refused(isa: str) -> None:
-    """nf4 and fp4 take the same room, so that mistaking one for the other reads no foreign memory."""
-    experts, (x, ids, weights) = six_experts("nf4", 64, 128), routed("2 of 6", 64)
-    experts = {**experts, 2: expert(torch.Generator().manual_seed(1), "fp4", 64, 128)}
-    kernels = CpuKernels(isa)
-    try:
-        result = kernels.moe_ffn(x, ids, weights, bound(kernels, experts))
-    except RefusedError:
-        return
-    assert off(result, naive(x, ids, weights, experts)) < 2e-3
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("base", ["nf4", "int4", "int4-32"])
+def test_every_matrix_may_have_a_format_of_its_own(isa: str, base: str, routing: str) -> None:
+    """As in a store that was made to fit a size; one expert has a third format."""
+    generator, (x, ids, weights) = torch.Generator().manual_seed(1), routed(routing, 66)
+    names = {0: (base, base, base), 1: ("int8", base, base), 2: ("nf4", "fp4", "int4"), 3: (base, base, "int8")}
+    names[5] = ("int8", "int8", "int8")
+    experts = {e: mixed_expert(generator, own) for e, own in names.items()}
+    expected = naive(x, ids, weights, experts)
+    for kernels, near in ((CpuKernels(isa), 2e-3), (ReferenceKernels(), 0.03)):
+        assert off(kernels.moe_ffn(x, ids, weights, bound(kernels, experts)), expected) < near
+
+
+def mixed_expert(generator: torch.Generator, names: tuple[str, str, str]) -> ExpertWeights:
+    shapes = ((130, 66), (130, 66), (66, 130))
+    exact = (torch.randn(shape, generator=generator) * 0.1 for shape in shapes)
+    w1, w3, w2 = (quantize("w", weight, SPECS[name]) for weight, name in zip(exact, names, strict=True))
+    return ExpertWeights(w1, w3, w2)
 
 
 def test_no_tokens(isa: str) -> None:

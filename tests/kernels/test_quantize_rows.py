@@ -12,11 +12,15 @@ from mixlocal.kernels.isa import set_threads
 from mixlocal.kernels.quantizer import quantize_rows
 from mixlocal.quant.format import CODEBOOKS, QuantSpec, QuantTensor
 from mixlocal.quant.quantize import empty, quantize, relative_error
+from mixlocal.quant.search import Search
 
 SPECS = {
     "nf4": QuantSpec("nf4"),
     "nf4-32": QuantSpec("nf4", 32),
     "fp4": QuantSpec("fp4"),
+    "int4": QuantSpec("int4"),
+    "int4 wide": QuantSpec("int4", 32),
+    "int4-32": QuantSpec("int4-32"),
     "int8": QuantSpec("int8"),
     "bf16": QuantSpec("bf16"),
 }
@@ -46,7 +50,7 @@ def hard_weights(columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [2, 62, 64, 66, 190, 576, 1024])
-@pytest.mark.parametrize("kind", ["nf4", "nf4-32", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-32", "fp4", "int4", "int4 wide", "int4-32", "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_quantize_rows_has_the_bits_of_quantize(isa: str, kind: str, columns: int, dtype: torch.dtype) -> None:
     weight = hard_weights(columns).to(dtype)
@@ -57,6 +61,26 @@ def test_quantize_rows_has_the_bits_of_quantize(isa: str, kind: str, columns: in
     assert torch.equal(result.codes, expected.codes)
     assert torch.equal(result.scales, expected.scales)
     assert error == pytest.approx(relative_error(weight, expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("columns", [2, 62, 66, 190, 1024])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-32", "fp4", "int4", "int4 wide", "int4-32"])
+def test_a_search_finds_the_same_scales_on_every_instruction_set(
+    isa: str, kind: str, columns: int, weighted: bool
+) -> None:
+    """To the bit, blocks without a number of their own and numbers of every size included; more blocks than one in the
+    thousand where another order of sums would decide otherwise."""
+    generator = torch.Generator().manual_seed(columns)
+    search = Search(torch.rand(columns, generator=generator) + 0.01 if weighted else None)
+    for weight in (hard_weights(columns), torch.randn(60, columns, generator=generator).bfloat16()):
+        expected = quantize("w", weight, SPECS[kind], search)
+        result, error = quantize_rows("w", weight, SPECS[kind], search=search)
+        assert isinstance(expected, QuantTensor)
+        assert isinstance(result, QuantTensor)
+        assert torch.equal(result.codes, expected.codes)
+        assert torch.equal(result.scales, expected.scales)
+        assert error == pytest.approx(relative_error(weight, expected), rel=1e-4)
 
 
 def test_quantize_rows_int8_of_odd_columns(isa: str) -> None:
@@ -92,7 +116,7 @@ def test_quantize_rows_does_not_depend_on_threads(isa: str, threads: None) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int4-32", "int8", "bf16"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_quantize_rows_names_the_first_number_that_is_none(
     isa: str, kind: str, dtype: torch.dtype, value: float

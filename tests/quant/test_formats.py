@@ -10,6 +10,7 @@ from mixlocal.kernels.quantizer import quantize_rows
 from mixlocal.quant.format import KINDS, ExpertLayout, QuantSpec, QuantTensor
 from mixlocal.quant.packing import pack_nibbles, read_record, unpack_nibbles
 from mixlocal.quant.quantize import dequantize, dequantize_rows, quantize, relative_error
+from mixlocal.quant.search import Search
 
 FOUR_BIT = ("nf4", "fp4")
 
@@ -49,7 +50,7 @@ def test_any_width_round_trips(kind: str, columns: int) -> None:
     weight = random_weight(9, columns)
     quantized = quantize("w", weight, QuantSpec(kind))
     error = (dequantize(quantized) - weight.float()).abs()
-    bound = {"nf4": 0.16, "fp4": 0.18, "int8": 0.004, "bf16": 0.0}[kind]
+    bound = {"nf4": 0.16, "fp4": 0.18, "int4": 0.068, "int4-32": 0.068, "int8": 0.004, "bf16": 0.0}[kind]
     assert (error <= bound * weight.float().abs().amax(1, keepdim=True) + 1e-12).all()
     assert torch.equal(dequantize_rows(quantized, slice(3, 7)), dequantize(quantized)[3:7])
 
@@ -75,6 +76,48 @@ def test_zeros_denormals_and_outliers(kind: str) -> None:
     assert torch.equal(back[0], torch.zeros(128))
     assert back[1].abs().max() <= 1e-38
     assert back[2, 7] == pytest.approx(1e38, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.83), ("fp4", 0.9), ("int4", 0.83), ("int4-32", 0.82)])
+def test_a_search_loses_less(kind: str, most: float) -> None:
+    """Shares of the plain error's square, on normal weights; and never more in any block, but for 16 bits of scale."""
+    weight, spec = random_weight(200, 640), QuantSpec(kind)
+    plain, found = (dequantize(quantize("w", weight, spec, search)) - weight.float() for search in (None, Search()))
+    blocks = [error.view(200, -1, spec.block_size).square().sum(-1) for error in (plain, found)]
+    assert blocks[1].sum() < most * blocks[0].sum()
+    assert (blocks[1] <= blocks[0] * 1.001 + 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int4-32"])
+def test_a_search_prefers_the_columns_that_count(kind: str) -> None:
+    weight = random_weight(100, 256)
+    importance = torch.ones(256)
+    importance[::8] = 50.0
+    errors = [
+        (dequantize(quantize("w", weight, QuantSpec(kind), search)) - weight.float()).square()
+        for search in (Search(), Search(importance))
+    ]
+    even, weighted = ((error * importance).sum() for error in errors)
+    assert weighted < 0.75 * even
+    assert errors[1].sum() > errors[0].sum()
+
+
+def test_affine_codes_are_multiples_above_a_zero() -> None:
+    """Block [0, 1, ..., 63] / 4 + 1 of scale 1.05 and zero 1, written out."""
+    weight = (torch.arange(64.0) / 4 + 1)[None]
+    quantized = quantize("w", weight, QuantSpec("int4", 32))
+    assert isinstance(quantized, QuantTensor)
+    assert quantized.scales.tolist() == [[pytest.approx(15.75 / 15), 1.0]]
+    assert unpack_nibbles(quantized.codes)[0, :6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert dequantize(quantized)[0, 63].item() == pytest.approx(16.75)
+
+
+def test_two_halves_of_a_block_have_their_own_range() -> None:
+    weight = torch.cat((torch.linspace(0, 15, 32), torch.linspace(100, 115, 32)))[None]
+    quantized = quantize("w", weight, QuantSpec("int4-32", 32))
+    assert isinstance(quantized, QuantTensor)
+    assert quantized.scales.tolist() == [[pytest.approx(1.0), pytest.approx(1.0), 0.0, 100.0]]
+    assert ((dequantize(quantized) - weight).abs() <= 0.5001).all()
 
 
 def test_a_scale_beyond_16_bits_is_refused_with_the_way_out() -> None:
@@ -130,5 +173,7 @@ def test_mixtral_expert_bytes() -> None:
     """94 to 99 MB at 4 bits, 187 MB at most at 8, 352 MB in bfloat16."""
     sizes = {kind: ExpertLayout(4096, 14336, QuantSpec(kind)).stride / 1e6 for kind in KINDS}
     assert 90 < sizes["nf4"] < 99
+    assert 98 < sizes["int4"] < 100
+    assert 109 < sizes["int4-32"] < 111
     assert 176 < sizes["int8"] < 187
     assert 352 < sizes["bf16"] < 353

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mixlocal.app.conversation import Overflow
     from mixlocal.cli.chat.repl import Repl
 
-LOADS = " ▁▂▃▄▅▆▇█"
-
 
 def _help(repl: Repl, argument: str) -> None:
     shown = [find(COMMANDS, argument.lstrip("/"))] if argument else list(COMMANDS.values())
@@ -121,16 +119,24 @@ def _stats(repl: Repl, argument: str) -> None:
 
 
 def _experts(repl: Repl, argument: str) -> None:
-    """A bar per expert: how many of the tokens that were computed lately chose it."""
-    rates, tokens = repl.chat.session.expert_rates()
-    if not tokens:
+    """As `mixlocal experts`, of the tokens that were computed lately."""
+    from mixlocal.cli.experts_table import bars, highest_load
+
+    usage = repl.chat.session.expert_usage()
+    if usage is None:
         raise UsageError("nothing has been computed yet")
-    repl.tell(f"share of the last {tokens} tokens that chose each expert, 0 to {len(rates[0]) - 1}, by layer")
-    highest = max(map(max, rates))
-    for layer, row in enumerate(rates):
-        bars = " ".join(LOADS[round(rate / highest * (len(LOADS) - 1))] for rate in row)
-        favourite = row.index(max(row))
-        repl.tell(f"layer {layer:2}  {bars}   most: {favourite} ({100 * row[favourite]:.0f} %)")
+    repl.tell(
+        f"the last {usage.tokens} tokens, by layer: share of the choices of each expert, 0 to {usage.n_experts - 1};\n"
+        f"of consecutive tokens, those with the same first choice (random: {100 * usage.random_first_same:.0f} %) "
+        f"and with a first or second in common (random: {100 * usage.random_shared:.0f} %)"
+    )
+    highest = highest_load(usage)
+    for layer, load in enumerate(usage.load):
+        most = usage.most(layer)
+        repl.tell(
+            f"layer {layer:2}  {bars(load, highest)}   most: {most} ({100 * load[most]:.0f} %)   "
+            f"same {100 * usage.first_same[layer]:2.0f} %   shared {100 * usage.shared[layer]:2.0f} %"
+        )
 
 
 def _ctx(repl: Repl, argument: str) -> None:

@@ -5,6 +5,7 @@ one of the constants. Objects made with an `owner` keep it, and so the arrays be
 """
 
 FOUR_BIT: int
+AFFINE: int
 INT8: int
 BF16: int
 FLOAT: int
@@ -18,9 +19,9 @@ def threads() -> int:
 def set_threads(count: int, /) -> None: ...
 
 class Matrix:
-    """[R, C]: codes uint8 [R, C/2], scales f16 or f32 [R, B] | int8 [R, C], f32 [R] | bf16 or f32 [R, C].
+    """[R, C]: codes uint8 [R, C/2], scales f16 or f32 [R, planes * B] | int8 [R, C], f32 [R] | bf16 or f32 [R, C].
 
-    levels: int8 [16] and what one step of them stands for, only for FOUR_BIT.
+    fine: blocks of 32, only for AFFINE. levels: int8 [16] and what one step of them stands for, only for FOUR_BIT.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Matrix:
         codes: int,
         scales: int,
         half_scales: bool,
+        fine: bool,
         levels: int,
         step: float,
         /,
@@ -101,8 +103,8 @@ class Kernels:
     ) -> int | None:
         """x f32 [T, D], ids int64 [T, K], weights f32 [T, K]: out f32 [T, D] += the experts.
 
-        Returns None, or the id of a chosen expert that is not in `experts`, or not of the width and format of the
-        others; then nothing is done.
+        Returns None, or the id of a chosen expert that is not in `experts`, or not of the width of the others; then
+        nothing is done.
         """
 
     def read(self, data: int, nbytes: int, /) -> float:
@@ -119,9 +121,12 @@ class Kernels:
         codes: int,
         scales: int,
         half_scales: bool,
+        fine: bool,
+        search: bool,
+        importance: int,
         /,
     ) -> tuple[float, float, int]:
-        """source bf16 or f32 [R, C] -> codes and scales as in `Matrix`; codebook f32 [16].
+        """source bf16 or f32 [R, C] -> codes and scales as in `Matrix`; codebook f32 [16]; importance f32 [C] or 0.
 
         Returns the sums of squares of the error and of the source, and the flat index of the first NaN or infinity, or
         -1.

@@ -120,15 +120,30 @@ INLINE Bytes high_levels(const Levels& levels, Bytes pairs) {
 INLINE Bytes low_levels(const Levels& levels, Bytes pairs) {
     return _mm256_shuffle_epi8(levels.table, _mm256_and_si256(pairs, _mm256_set1_epi8(15)));
 }
+INLINE Bytes high_codes(Bytes pairs) { return _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi8(15)); }
+INLINE Bytes low_codes(Bytes pairs) { return _mm256_and_si256(pairs, _mm256_set1_epi8(15)); }
+
+// Sums of sixteen bits of codes times x.
+typedef __m256i Pairs;
+INLINE Pairs no_pairs() { return _mm256_setzero_si256(); }
+INLINE Pairs pair_dot(Pairs sum, Bytes codes, Bytes x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)); }
+INLINE Words widen(Words sum, Pairs pairs) { return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
 
 // One block of int8.
 INLINE Words int8_step(Bytes w0, Bytes w1, Bytes x0, Bytes x1) { return int_dot(int_dot(no_words(), w0, x0), w1, x1); }
 
-// The lanes of each of eight blocks added up: lane b of the result is block b.
-INLINE Words add_lanes(const Words* steps) {
+// The lanes of each of eight blocks added up: lane b of the result is block b. `first` and `second`: of the lower and the
+// upper four lanes of a block.
+INLINE void add_half_lanes(const Words* steps, Words* first, Words* second) {
     const Words low = _mm256_hadd_epi32(_mm256_hadd_epi32(steps[0], steps[1]), _mm256_hadd_epi32(steps[2], steps[3]));
     const Words high = _mm256_hadd_epi32(_mm256_hadd_epi32(steps[4], steps[5]), _mm256_hadd_epi32(steps[6], steps[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+    *first = _mm256_permute2x128_si256(low, high, 0x20);
+    *second = _mm256_permute2x128_si256(low, high, 0x31);
+}
+INLINE Words add_lanes(const Words* steps) {
+    Words first, second;
+    add_half_lanes(steps, &first, &second);
+    return _mm256_add_epi32(first, second);
 }
 INLINE Floats in_places(Floats blocks) { return blocks; }
 INLINE Eight no_eight() { return _mm256_setzero_ps(); }

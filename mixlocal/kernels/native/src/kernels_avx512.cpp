@@ -116,6 +116,19 @@ INLINE Bytes high_levels(const Levels& levels, Bytes pairs) {
 INLINE Bytes low_levels(const Levels& levels, Bytes pairs) {
     return _mm512_shuffle_epi8(levels.table, _mm512_and_si512(pairs, _mm512_set1_epi8(15)));
 }
+INLINE Bytes high_codes(Bytes pairs) { return _mm512_and_si512(_mm512_srli_epi16(pairs, 4), _mm512_set1_epi8(15)); }
+INLINE Bytes low_codes(Bytes pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi8(15)); }
+
+// Sums of codes times x: of sixteen bits, or of thirty-two where that is one instruction.
+typedef __m512i Pairs;
+INLINE Pairs no_pairs() { return _mm512_setzero_si512(); }
+#ifdef MIXLOCAL_VNNI
+INLINE Pairs pair_dot(Pairs sum, Bytes codes, Bytes x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+INLINE Words widen(Words sum, Pairs pairs) { return _mm512_add_epi32(sum, pairs); }
+#else
+INLINE Pairs pair_dot(Pairs sum, Bytes codes, Bytes x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, x)); }
+INLINE Words widen(Words sum, Pairs pairs) { return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))); }
+#endif
 
 // Two blocks of int8: the sums of the first in the lower eight lanes.
 INLINE Words int8_step(Bytes w0, Bytes w1, Bytes x0, Bytes x1) {
@@ -125,7 +138,8 @@ INLINE Words int8_step(Bytes w0, Bytes w1, Bytes x0, Bytes x1) {
 
 // The lanes of each block of each of eight steps added up. Lane 0 of the result is block 0, then come blocks 2, 4, 6, 1, 3,
 // 5, 7, and the next eight blocks in the same order.
-INLINE Words add_lanes(const Words* steps) {
+// `first` and `second`: of the lower and the upper four lanes of a block.
+INLINE void add_half_lanes(const Words* steps, Words* first, Words* second) {
     Words four[2];
     UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -134,7 +148,13 @@ INLINE Words add_lanes(const Words* steps) {
         const Words cd = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
         four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     }
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88), _mm512_shuffle_i32x4(four[0], four[1], 0xdd));
+    *first = _mm512_shuffle_i32x4(four[0], four[1], 0x88);
+    *second = _mm512_shuffle_i32x4(four[0], four[1], 0xdd);
+}
+INLINE Words add_lanes(const Words* steps) {
+    Words first, second;
+    add_half_lanes(steps, &first, &second);
+    return _mm512_add_epi32(first, second);
 }
 INLINE Floats in_places(Floats blocks) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15), blocks);

@@ -143,6 +143,14 @@ INLINE Bytes high_levels(const Levels& levels, Bytes pairs) {
 INLINE Bytes low_levels(const Levels& levels, Bytes pairs) {
     return {vqtbl1q_s8(levels.table, low_nibbles(pairs.low)), vqtbl1q_s8(levels.table, low_nibbles(pairs.high))};
 }
+INLINE Bytes high_codes(Bytes pairs) { return {vreinterpretq_s8_u8(high_nibbles(pairs.low)), vreinterpretq_s8_u8(high_nibbles(pairs.high))}; }
+INLINE Bytes low_codes(Bytes pairs) { return {vreinterpretq_s8_u8(low_nibbles(pairs.low)), vreinterpretq_s8_u8(low_nibbles(pairs.high))}; }
+
+// Sums of codes times x.
+typedef Words Pairs;
+INLINE Pairs no_pairs() { return no_words(); }
+INLINE Pairs pair_dot(Pairs sum, Bytes codes, Bytes x) { return int_dot(sum, codes, x); }
+INLINE Words widen(Words sum, Pairs pairs) { return add_words(sum, pairs); }
 
 // One block of int8.
 INLINE Words int8_step(Bytes w0, Bytes w1, Bytes x0, Bytes x1) { return int_dot(int_dot(no_words(), w0, x0), w1, x1); }
@@ -152,6 +160,12 @@ INLINE uint32x4_t add_pairs(Words a, Words b) { return vpaddq_u32(vaddq_u32(a.lo
 INLINE Words add_lanes(const Words* steps) {
     return {vpaddq_u32(add_pairs(steps[0], steps[1]), add_pairs(steps[2], steps[3])),
             vpaddq_u32(add_pairs(steps[4], steps[5]), add_pairs(steps[6], steps[7]))};
+}
+// The same of each half of a block: its lower and its upper four lanes.
+INLINE uint32x4_t add_four(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) { return vpaddq_u32(vpaddq_u32(a, b), vpaddq_u32(c, d)); }
+INLINE void add_half_lanes(const Words* s, Words* first, Words* second) {
+    *first = {add_four(s[0].low, s[1].low, s[2].low, s[3].low), add_four(s[4].low, s[5].low, s[6].low, s[7].low)};
+    *second = {add_four(s[0].high, s[1].high, s[2].high, s[3].high), add_four(s[4].high, s[5].high, s[6].high, s[7].high)};
 }
 INLINE Floats in_places(Floats blocks) { return blocks; }
 INLINE Eight no_eight() { return zeros(); }

@@ -140,6 +140,14 @@ INLINE Levels level_table(const int8_t* levels) { return {levels}; }
 INLINE Levels no_levels() { return {nullptr}; }
 INLINE Bytes high_levels(const Levels& levels, Bytes pairs) { EACH_BYTE pairs.lane[i] = levels.table[pairs.lane[i] >> 4 & 15]; return pairs; }
 INLINE Bytes low_levels(const Levels& levels, Bytes pairs) { EACH_BYTE pairs.lane[i] = levels.table[pairs.lane[i] & 15]; return pairs; }
+INLINE Bytes high_codes(Bytes pairs) { EACH_BYTE pairs.lane[i] = pairs.lane[i] >> 4 & 15; return pairs; }
+INLINE Bytes low_codes(Bytes pairs) { EACH_BYTE pairs.lane[i] &= 15; return pairs; }
+
+// Sums of codes times x.
+typedef Words Pairs;
+INLINE Pairs no_pairs() { return no_words(); }
+INLINE Pairs pair_dot(Pairs sum, Bytes codes, Bytes x) { return int_dot(sum, codes, x); }
+INLINE Words widen(Words sum, Pairs pairs) { return add_words(sum, pairs); }
 
 // One block of int8.
 INLINE Words int8_step(Bytes w0, Bytes w1, Bytes x0, Bytes x1) { return int_dot(int_dot(no_words(), w0, x0), w1, x1); }
@@ -149,6 +157,15 @@ INLINE Words add_lanes(const Words* steps) {
     Words sums = no_words();
     for (int b = 0; b < kLanes; ++b) EACH_LANE sums.lane[b] += steps[b].lane[i];
     return sums;
+}
+// The same of each half of a block: its lower and its upper four lanes.
+INLINE void add_half_lanes(const Words* steps, Words* first, Words* second) {
+    *first = *second = no_words();
+    for (int b = 0; b < kLanes; ++b)
+        for (int i = 0; i < kLanes / 2; ++i) {
+            first->lane[b] += steps[b].lane[i];
+            second->lane[b] += steps[b].lane[kLanes / 2 + i];
+        }
 }
 INLINE Floats in_places(Floats blocks) { return blocks; }
 INLINE Eight no_eight() { return zeros(); }

@@ -14,7 +14,7 @@ constexpr int64_t kItemBytes = 64 << 10;    // weights of one work item, about
 constexpr int64_t kLeastItems = 16;         // work items worth making smaller ones for
 constexpr int64_t kManyTokens = 4;          // tokens worth dividing among threads
 
-bool is_integer(Kind kind) { return kind == kFourBit || kind == kInt8; }
+bool is_integer(Kind kind) { return kind == kFourBit || kind == kAffine || kind == kInt8; }
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -34,14 +34,14 @@ void multiply_tiles(const KernelTable& kernels, const Matrix& weight, const Acti
                     int64_t stride) {
     Arena::Scope scope(Arena::of_this_thread());
     const int64_t rows = kernels.tile_rows, blocks = round_up(weight.columns, 2 * kBlock) / kBlock, sums_size = x.tokens * 8 * rows;
-    const Tile tile = {scope.take<uint8_t>(kTileBlocks * kBlock * rows), scope.take<float>(kTileBlocks * rows)};
+    const Tile tile = {scope.take<uint8_t>(kTileBlocks * kBlock * rows), scope.take<float>(kMostPlanes * kTileBlocks * rows), kTileBlocks * rows};
     float* const sums = scope.take<float>(sums_size);
     for (int64_t row = first; row < last; row += rows) {
         std::fill_n(sums, sums_size, 0.0f);
         for (int64_t block = 0; block < blocks; block += kTileBlocks) {
             const int64_t count = std::min(kTileBlocks, blocks - block);
             kernels.unpack(weight, row, block, count, tile);
-            kernels.tile(tile, weight.kind, x, block, count, sums);
+            kernels.tile(tile, weight, x, block, count, sums);
         }
         const int64_t present = std::min(rows, last - row);
         for (int64_t t = 0; t < x.tokens; ++t)
@@ -72,11 +72,12 @@ void fill_token(const KernelTable& kernels, const Matrix& weight, const Numbers&
     }
     if (plain) std::fill(plain + x.columns, plain + to.plain_stride, 0.0f);
     else kernels.quantize_activations(numbers, x.columns, 0, to.block_stride, weight.kind, weight.step, to.codes + t * to.code_stride,
-                                      to.scales + t * to.block_stride, to.biases + t * to.block_stride);
+                                      to.scales + t * to.block_stride, to.biases + t * to.block_stride,
+                                      to.others ? to.others + t * to.block_stride : nullptr);
 }
 
 bool takes_tiles(const KernelTable& kernels, const Matrix& weight, int64_t tokens) {
-    const bool is_short = weight.kind == kFourBit && weight.columns < kShortRow;
+    const bool is_short = (weight.kind == kFourBit || weight.kind == kAffine) && weight.columns < kShortRow;
     return is_integer(weight.kind) && tokens >= (is_short ? kernels.short_limit : kernels.tile_limit);
 }
 
@@ -85,7 +86,7 @@ int64_t item_rows(const KernelTable& kernels, const Activations& x, const Produc
     int64_t rows = 0;
     for (int i = 0; i < count; ++i) rows += products[i].weight->rows;
     const Matrix& m = *products[0].weight;
-    const int64_t bits = m.kind == kFourBit ? 4 : m.kind == kInt8 ? 8 : m.kind == kBf16 ? 16 : 32;
+    const int64_t bits = m.kind == kFourBit || m.kind == kAffine ? 4 : m.kind == kInt8 ? 8 : m.kind == kBf16 ? 16 : 32;
     const int64_t fitting = std::min(kItemBytes * 8 / std::max<int64_t>(1, m.columns * bits), rows / kLeastItems);
     const int64_t step = takes_tiles(kernels, m, x.tokens) ? kernels.tile_rows : 8;
     return std::max(step, fitting / step * step);
@@ -103,6 +104,7 @@ Activations room_for(const KernelTable& kernels, const Matrix& weight, int64_t t
         to.codes = scope.take<int8_t>(tokens * padded);
         to.scales = scope.take<float>(tokens * to.block_stride);
         to.biases = scope.take<int32_t>(tokens * to.block_stride);
+        if (weight.kind == kAffine) to.others = scope.take<int32_t>(tokens * to.block_stride);
     } else {
         to.plain_stride = padded + 16;  // off a power of two, so that tokens do not share cache sets
         to.plain = scope.take<float>(tokens * to.plain_stride);

@@ -62,10 +62,7 @@ std::vector<Pick> picks_by_expert(const int64_t* ids, const float* weights, int6
     return picks;
 }
 
-// Whether two experts can share their activations.
-bool alike(const Expert& a, const Expert& b) {
-    return a.w1.kind == b.w1.kind && a.w1.step == b.w1.step && a.w1.rows == b.w1.rows && a.w2.kind == b.w2.kind && a.w2.step == b.w2.step;
-}
+bool same_widths(const Expert& a, const Expert& b) { return a.w1.rows == b.w1.rows && a.w1.columns == b.w1.columns; }
 
 class Kernels {
 public:
@@ -95,7 +92,7 @@ public:
         mixlocal::route(table_, router.value, at<const float>(hidden), tokens, at<float>(normed), at<int64_t>(ids), at<float>(weights));
     }
 
-    // Returns the id of an expert that is chosen and is not in `experts`, or not of the width and format of the others.
+    // Returns the id of an expert that is chosen and is not in `experts`, or not of the width of the others.
     std::optional<int64_t> moe_ffn(uintptr_t x, int64_t dim, int64_t tokens, uintptr_t ids, uintptr_t weights, int64_t top_k, const nb::dict& experts,
                     uintptr_t out) const {
         const std::vector<Pick> picks = picks_by_expert(at<const int64_t>(ids), at<const float>(weights), tokens, top_k);
@@ -112,7 +109,7 @@ public:
             const nb::int_ id(picks[i].expert);
             if (!experts.contains(id)) return picks[i].expert;
             const Expert& expert = nb::cast<const HeldExpert&>(experts[id]).value;
-            if (expert.w1.columns != dim || (!shares.empty() && !alike(expert, *shares.front().expert))) return picks[i].expert;
+            if (expert.w1.columns != dim || (!shares.empty() && !same_widths(expert, *shares.front().expert))) return picks[i].expert;
             shares.push_back({&expert, 1, pick_tokens.data() + i, pick_weights.data() + i});
         }
         const nb::gil_scoped_release unlocked;
@@ -126,7 +123,8 @@ public:
     }
 
     std::tuple<double, double, int64_t> quantize(int kind, int64_t rows, int64_t columns, uintptr_t source, bool bf16, uintptr_t codebook,
-                                                 uintptr_t codes, uintptr_t scales, bool half_scales) const {
+                                                 uintptr_t codes, uintptr_t scales, bool half_scales, bool fine, bool search,
+                                                 uintptr_t importance) const {
         static const float kNone[16] = {};
         const Levels levels(kind == kFourBit ? at<const float>(codebook) : kNone);
         QuantizeRow row = {};
@@ -139,6 +137,9 @@ public:
         row.codes = at<void>(codes);
         row.scales = at<void>(scales);
         row.half_scales = half_scales;
+        row.fine = fine;
+        row.search = search;
+        row.importance = at<const float>(importance);
         const nb::gil_scoped_release unlocked;
         const QuantizeResult result = mixlocal::quantize(table_, static_cast<Kind>(kind), row, rows);
         return {result.error, result.power, result.bad};
@@ -164,14 +165,15 @@ NB_MODULE(_native, m) {
     m.def("threads", &threads);
     m.def("set_threads", &set_threads);
     m.attr("FOUR_BIT") = static_cast<int>(kFourBit);
+    m.attr("AFFINE") = static_cast<int>(kAffine);
     m.attr("INT8") = static_cast<int>(kInt8);
     m.attr("BF16") = static_cast<int>(kBf16);
     m.attr("FLOAT") = static_cast<int>(kFloat);
 
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__", [](Matrix* self, int kind, int64_t rows, int64_t columns, uintptr_t codes, uintptr_t scales, bool half_scales,
-                            uintptr_t levels, float step) {
-            new (self) Matrix{static_cast<Kind>(kind), rows, columns, at<const void>(codes), at<const void>(scales), half_scales,
+                            bool fine, uintptr_t levels, float step) {
+            new (self) Matrix{static_cast<Kind>(kind), rows, columns, at<const void>(codes), at<const void>(scales), half_scales, fine,
                               at<const int8_t>(levels), step};
         });
     nb::class_<HeldExpert>(m, "Expert").def("__init__", [](HeldExpert* self, const Matrix& w1, const Matrix& w3, const Matrix& w2, nb::object owner) {

@@ -91,7 +91,7 @@ struct QuantizeResult {
     double error, power;  // sums of squares
     int64_t bad;          // flat index of the first NaN or infinity, or -1
 };
-// Quantizes [rows, columns] into codes and scales; `first` describes row 0, its codebook fields only for 4 bits.
+// Quantizes [rows, columns] into codes and scales; `first` describes row 0, its codebook fields only for kFourBit.
 QuantizeResult quantize(const KernelTable& kernels, Kind kind, const QuantizeRow& first, int64_t rows);
 
 // Reads every byte of `data` with all threads.

@@ -13,8 +13,9 @@ constexpr int64_t kItemElements = 1 << 16;
 
 QuantizeRow row_at(const QuantizeRow& first, Kind kind, int64_t row) {
     const int64_t source = row * first.columns * (first.bf16 ? 2 : 4);
-    const int64_t codes = kind == kFourBit ? row * (first.columns / 2) : row * first.columns;
-    const int64_t scales = kind == kFourBit ? row * ((first.columns + kBlock - 1) / kBlock) : row;
+    const int64_t codes = kind == kFourBit || kind == kAffine ? row * (first.columns / 2) : row * first.columns;
+    const int64_t planes = kind == kFourBit ? 1 : first.fine ? 4 : 2;
+    const int64_t scales = kind == kInt8 ? row : row * planes * ((first.columns + kBlock - 1) / kBlock);
     QuantizeRow at = first;
     at.source = static_cast<const char*>(first.source) + source;
     at.codes = static_cast<char*>(first.codes) + codes;
@@ -43,6 +44,7 @@ QuantizeResult quantize(const KernelTable& kernels, Kind kind, const QuantizeRow
         for (int64_t r = item * step; r < std::min((item + 1) * step, rows); ++r) {
             QuantizeRow row = row_at(first, kind, r);
             if (kind == kFourBit) kernels.quantize_four_bit(row);
+            else if (kind == kAffine) kernels.quantize_affine(row);
             else kernels.quantize_int8(row);
             results[static_cast<size_t>(r)] = {row.error, row.power, row.finite ? -1 : r * row.columns + first_not_finite(row)};
         }

@@ -31,7 +31,7 @@ void choose(const float* logits, int64_t experts, int64_t count, int64_t* ids, f
 
 void route(const KernelTable& kernels, const Router& router, const float* hidden, int64_t tokens, float* normed, int64_t* ids,
            float* weights) {
-    const Matrix matrix = {kFloat, router.experts, router.dim, router.weight, nullptr, false, nullptr, 1.0f};
+    const Matrix matrix = {kFloat, router.experts, router.dim, router.weight, nullptr, false, false, nullptr, 1.0f};
     const auto one = [&](int64_t t) {
         Arena::Scope scope(Arena::of_this_thread());
         float* const own = normed + t * router.dim;

@@ -1,0 +1,1 @@
+"""What a model's bits cost: perplexity, and divergence from a reference, in llama-perplexity's terms."""
