@@ -27,7 +27,7 @@ class RunOptions:
     what the whole process may use, in bytes or as people write it ("12G", "80%"); None for all that is free. device:
     "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one that holds what is outside the experts. vram: as ram,
     of the GPU. lookahead: read what the next layer is thought to need, where it pays. sequences: the most that are
-    computed at once; they share the KV cache's memory.
+    computed at once; they share the KV cache's memory. beside: bytes of `ram` that the caller needs for itself.
     """
 
     context: int | None = None
@@ -39,6 +39,7 @@ class RunOptions:
     vram: int | str | None = None
     lookahead: bool = True
     sequences: int = 1
+    beside: int = 0
 
     @property
     def gpu_name(self) -> str:
@@ -109,7 +110,7 @@ def _budgets(hardware: Hardware, options: RunOptions) -> Budgets:
     gpu = _gpu(hardware, options)
     ram = _within("--ram", options.ram, hardware.ram_total, free)
     vram = _within("--vram", options.vram, gpu.total, gpu.free) if gpu else None
-    return Budgets(ram, free, vram, options.context, options.sequences)
+    return Budgets(ram, free, vram, options.context, options.sequences, options.beside)
 
 
 def _gpu(hardware: Hardware, options: RunOptions) -> Gpu | None:

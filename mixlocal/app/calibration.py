@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ import mixlocal
 from mixlocal.app.blueprint import Blueprint
 from mixlocal.app.hardware import probe
 from mixlocal.app.progress import Progress
-from mixlocal.app.quality.text import Text, cut, read_text
+from mixlocal.app.quality.text import Chunks, Text, cut, read_text
 from mixlocal.app.reading_ahead import Weights, read_ahead
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.errors import MemoryBudgetError
+from mixlocal.errors import MemoryBudgetError, UsageError
 from mixlocal.experts.plan import BASE_BYTES
 from mixlocal.experts.runtime import ExpertCounts, Guess, Routing
 from mixlocal.experts.trace import RoutingTrace
@@ -49,14 +50,13 @@ FLOOR = 0.01  # of the mean importance: a column that this text does not use is 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """text: its sha256.  inputs: float32 [L, D], mean square of what enters w1 and w3.  hidden: [L, E, H], of what
-    enters w2, weighted as the router weights it.
+    """inputs: float32 [L, D], mean square of what enters w1 and w3.  hidden: [L, E, H], of what enters w2, weighted as
+    the router weights it.
 
-    damage: float64 [L, E, 3], of w1, w3 and w2: the mean square of what 4 bits change of the layer's output, as a share
-    of the hidden state that it is added to; None if it was not asked for.
+    damage: float64 [L, E, 3], of w1, w3 and w2: the square of what 4 bits change of the layer's output, as a share of
+    the hidden state that it is added to, summed over tokens; None if it was not asked for.
     """
 
-    text: str
     inputs: torch.Tensor
     hidden: torch.Tensor
     damage: torch.Tensor | None
@@ -90,14 +90,18 @@ def calibrate(
     total = sum(ref.nbytes for ref in weights.tensors.values())
     for layer in model.walk(pieces):
         yield Progress("calibrate", total * layer // config.n_layers, total, f"{chunks.count * context} tokens")
-    return Calibration(text.sha256, experts.inputs, experts.hidden_or_mean(), experts.damage if damage else None)
+    return Calibration(experts.inputs, experts.hidden_or_mean(), experts.damage if damage else None)
 
 
 def _chunks(text: Text, folder: Path, context: int) -> Chunks:
+    tokenizer = load_tokenizer(folder)
     try:
-        return cut(text, load_tokenizer(folder), context, MOST_TOKENS // context, str(folder))
-    except UsageError as error:  # it speaks of an option that is not ours
-        raise UsageError(f"{text.name} is too short to calibrate on: {context} tokens are needed", "...") from error
+        return cut(text, tokenizer, context, MOST_TOKENS // context, str(folder))
+    except UsageError as error:  # which speaks of an option that is not ours
+        raise UsageError(
+            f"{text.name} is too short to calibrate on: a model of {folder} reads {context} tokens at a time",
+            "give a longer text",
+        ) from error
 
 
 class _LayerByLayer(Transformer):
@@ -228,7 +232,8 @@ def _typed(arrays: dict[str, torch.Tensor], blueprint: Blueprint) -> dict[str, t
 def _check_memory(weights: Weights, blueprint: Blueprint, tokens: int) -> None:
     """Raises `MemoryBudgetError` if the pass has no room."""
     config: ModelConfig = blueprint.config
-    trunk = sum(weights.tensors[s].nbytes for s, ours in blueprint.sources.items() if ours in blueprint.trunk)
+    refs = [weights.tensors[source] for source, ours in blueprint.sources.items() if ours in blueprint.trunk]
+    trunk = sum(ref.nbytes if ref.dtype == torch.bfloat16 else ref.nbytes + 2 * prod(ref.shape) for ref in refs)
     matrix = max(weights.tensors[s].nbytes for s, ours in blueprint.sources.items() if ours not in blueprint.trunk)
     states = tokens * (4 * (8 * config.dim + 4 * config.expert_hidden) + kv_bytes_per_token(config))
     needed, free = BASE_BYTES + trunk + 4 * matrix + states, probe(weights.folder).ram_free

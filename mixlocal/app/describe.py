@@ -94,7 +94,7 @@ def _from_store(folder: Path, entry: CatalogEntry | None) -> Description:
     head = [
         f"{manifest.name}:{manifest.variant}: {_sizes(total, active)}",
         _shape(config),
-        f"experts {manifest.recipe.experts}, attention {manifest.recipe.attention}, router float32 · "
+        f"experts {_formats(manifest)}, attention {manifest.recipe.attention}, router float32 · "
         f"{_gigabytes(manifest.nbytes)} on disk, {8 * manifest.nbytes / total:.2f} bits per parameter",
         f"from {manifest.source.name} · licence {manifest.licence or 'unknown'} · {folder}",
     ]
@@ -105,12 +105,20 @@ def _from_store(folder: Path, entry: CatalogEntry | None) -> Description:
     )  # fmt: skip
 
 
+def _formats(manifest: Manifest) -> str:
+    """Of the experts."""
+    recipe = manifest.recipe
+    wide = sum(mask.bit_count() for mask in recipe.wide)
+    return f"{recipe.experts} ({wide} of {3 * len(recipe.wide)} matrices int8)" if wide else recipe.experts
+
+
 def _layout(manifest: Manifest) -> tuple[str, ...]:
     layout = manifest.layouts.largest
     lines = [f"{part.offset:>12} {part.nbytes:>12}  {part.name}" for part in layout.parts]
     return (
         "",
-        f"one expert: {layout.nbytes} bytes in a record of {layout.stride}",
+        f"{'the largest' if len(manifest.layouts.formats) > 1 else 'one'} expert: {layout.nbytes} bytes in a record of "
+        f"{layout.stride}",
         "      offset        bytes  part",
         *lines,
     )

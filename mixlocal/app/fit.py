@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 
 from mixlocal.app.blueprint import Blueprint
@@ -10,25 +12,33 @@ from mixlocal.model.tensors import EXPERT_PARTS
 from mixlocal.quant.format import WIDE_BITS, ExpertLayout
 
 
-def widen(blueprint: Blueprint, damage: torch.Tensor, budget: int) -> tuple[int, ...]:
-    """damage [L, E, 3], see `Calibration`; budget: bytes of the store -> `Recipe.wide`.
+def room_to_widen(blueprint: Blueprint, beside: int, budget: int) -> int:
+    """Bytes that a store of `budget` bytes leaves where everything is in 4 bits. beside: of its other files.
+
+    Raises `RefusedError` if it leaves none.
+    """
+    needed = blueprint.store_bytes + beside
+    if needed > budget:
+        raise RefusedError(
+            f"--fit {budget / 1e6:.1f}M: at 4 bits everything takes {ceil(needed / 1e5) / 10:.1f}M", "give it more"
+        )
+    return budget - needed
+
+
+def widen(blueprint: Blueprint, damage: torch.Tensor, room: int) -> tuple[int, ...]:
+    """damage [L, E, 3], see `Calibration`; room: bytes beyond those of 4 bits -> `Recipe.wide`.
 
     Greedy by damage per byte, which is optimal but for the last few: the matrices are all about as large. What 8 bits
-    lose is left out: it is some 200 times less. Raises `RefusedError` for a budget that all in 4 bits exceed.
+    lose is left out: it is some 200 times less.
     """
-    if blueprint.store_bytes > budget:
-        raise RefusedError(
-            f"--fit {budget / 1e9:.3f}G: at 4 bits everything takes {blueprint.store_bytes / 1e9:.3f}G", "give it more"
-        )
     strides = _strides(blueprint)
-    wide, left = [0] * damage[..., 0].numel(), budget - blueprint.store_bytes
-    flat = damage.flatten()
-    for index in flat.argsort(descending=True, stable=True).tolist():
+    wide = [0] * damage[..., 0].numel()
+    for index in damage.flatten().argsort(descending=True, stable=True).tolist():
         record, part = divmod(index, len(EXPERT_PARTS))
         wider = wide[record] | WIDE_BITS[EXPERT_PARTS[part]]
         more = strides[wider] - strides[wide[record]]
-        if more <= left:
-            wide[record], left = wider, left - more
+        if more <= room:
+            wide[record], room = wider, room - more
     return tuple(wide)
 
 

@@ -28,6 +28,7 @@ from mixlocal.app.catalog import (
 )
 from mixlocal.app.hardware import probe
 from mixlocal.app.progress import Progress
+from mixlocal.app.quality.text import Text
 from mixlocal.app.quantization import StoreJob
 from mixlocal.app.quantize import QuantizeJob, quantize_checkpoint, quantize_weights
 from mixlocal.errors import CorruptError, DiskFullError, NetworkError, NotFoundError, RefusedError
@@ -84,7 +85,7 @@ class QuantizeRequest:
     out: Path | None = None
     fresh: bool = False
     keep_source: bool = False
-    text: Path | None = None
+    text: Text | None = None
 
 
 def quantize_model(request: QuantizeRequest, home: Home) -> Generator[Progress, None, ModelStore]:

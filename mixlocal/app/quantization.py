@@ -20,6 +20,7 @@ import torch
 from mixlocal.app.blueprint import Blueprint
 from mixlocal.app.calibration import Calibration
 from mixlocal.app.hardware import existing_parent, probe
+from mixlocal.app.quality.text import Text
 from mixlocal.errors import DiskFullError
 from mixlocal.kernels.isa import set_threads
 from mixlocal.kernels.quantizer import quantize_rows
@@ -40,7 +41,7 @@ IN_FLIGHT = 2
 @dataclass(frozen=True, slots=True)
 class StoreJob:
     """The store to make. fresh: forget what an earlier run has done of it. text: what to calibrate on, where the recipe
-    says so; None for the package's own. calibration: what came of that."""
+    says so. calibration: what came of that."""
 
     out: Path
     name: str
@@ -49,7 +50,7 @@ class StoreJob:
     licence: str | None = None
     template: str | None = None
     fresh: bool = False
-    text: Path | None = None
+    text: Text | None = None
     calibration: Calibration | None = None
 
     @property

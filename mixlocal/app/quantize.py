@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from mixlocal.app.blueprint import Blueprint
-from mixlocal.app.calibration import Calibration, calibrate, calibration_text
-from mixlocal.app.fit import widen
+from mixlocal.app.calibration import calibrate
+from mixlocal.app.fit import room_to_widen, widen
 from mixlocal.app.progress import Progress
 from mixlocal.app.quantization import Quantization, StoreJob
 from mixlocal.app.reading_ahead import Weights, read_ahead
@@ -52,8 +52,7 @@ def quantize_weights(job: StoreJob, weights: Weights, source: Source) -> Generat
     blueprint = Blueprint.of(weights.config, str(weights.folder / "config.json"), job.recipe)
     blueprint.check_tensors(str(weights.folder), weights.tensors)
     if job.calibrates:
-        calibration = yield from _calibrate(job, weights, blueprint)
-        job = _calibrated(job, calibration, blueprint)
+        job = yield from _calibrated(job, weights, blueprint, source)
         blueprint = Blueprint.of(weights.config, str(weights.folder / "config.json"), job.recipe)
     total = sum(ref.nbytes for ref in weights.tensors.values())
     with Quantization(job, blueprint, _fingerprint(weights)) as quantization:
@@ -68,19 +67,28 @@ def quantize_weights(job: StoreJob, weights: Weights, source: Source) -> Generat
         return quantization.finish(source, read_small_files(weights.folder))
 
 
-def _calibrate(job: StoreJob, weights: Weights, blueprint: Blueprint) -> Generator[Progress, None, Calibration]:
-    text = calibration_text(job.text)
-    calibration = yield from calibrate(weights, blueprint, text, damage=job.recipe.fit is not None)
-    return calibration
-
-
-def _calibrated(job: StoreJob, calibration: Calibration, blueprint: Blueprint) -> StoreJob:
-    """What is to be made, now that it is known what counts."""
-    if job.recipe.fit is None:
-        return replace(job, calibration=calibration)
+def _calibrated(
+    job: StoreJob, weights: Weights, blueprint: Blueprint, source: Source
+) -> Generator[Progress, None, StoreJob]:
+    """What is to be made, once it is known what counts."""
+    text, fit = job.text, job.recipe.fit
+    assert text is not None, "nothing to calibrate on"
+    assert text.sha256 == job.recipe.calibrated_on, "another text"
+    room = None if fit is None else room_to_widen(blueprint, _small_bytes(weights, blueprint, source), fit)
+    calibration = yield from calibrate(weights, blueprint, text, damage=room is not None)
+    job = replace(job, calibration=calibration)
+    if room is None:
+        return job
     assert calibration.damage is not None
-    wide = widen(blueprint, calibration.damage, job.recipe.fit)
-    return replace(job, calibration=calibration, recipe=msgspec.structs.replace(job.recipe, wide=wide))
+    wide = widen(blueprint, calibration.damage, room)
+    return replace(job, recipe=msgspec.structs.replace(job.recipe, wide=wide))
+
+
+def _small_bytes(weights: Weights, blueprint: Blueprint, source: Source) -> int:
+    """Of what a store holds beside its two large files; of its manifest, what it can be at most."""
+    copied = sum(len(data) for data in read_small_files(weights.folder).values())
+    lines = 160 * len(blueprint.layouts) + 80 * len(blueprint.trunk)  # checksums and errors
+    return copied + 4096 + lines + len(msgspec.json.encode(source))
 
 
 def read_small_files(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from mixlocal.errors import UsageError
 
 if TYPE_CHECKING:
     from mixlocal.app.catalog import Variant
+    from mixlocal.app.quality.text import Text
     from mixlocal.store.manifest import Recipe
 
 VARIANT_OF: dict[str, Variant] = {
@@ -33,12 +34,10 @@ OWN_TEXT = "-"  # no file's name
 @click.option(
     "--scales", type=click.Choice(["16", "32"]), default="16", show_default=True, help="Bits of a 4-bit block's scale."
 )
-@click.option(
-    "--search/--no-search", default=None, help="4 bits: look for the scales that lose least; without, span each block."
-)
+@click.option("--plain", is_flag=True, help="4 bits: scales that span each block, not those that lose least.")
 @click.option(
     "--calibrate", is_flag=False, flag_value=OWN_TEXT, metavar="[FILE]",
-    help="4 bits: let what a text asks of the experts decide which columns count; mixlocal's own text without FILE.",
+    help="4 bits: let what a text asks of the experts decide which columns count; mixlocal's own text without FILE. Behind MODEL.",
 )  # fmt: skip
 @click.option(
     "--fit", metavar="SIZE", help="As `--calibrate`, and 8 bits for the matrices that need them most, up to SIZE."
@@ -51,7 +50,7 @@ OWN_TEXT = "-"  # no file's name
 @pass_globals
 def quantize(
     options: Globals, model: str, bits: str | None, method: str | None, attention: str, scales: str,
-    search: bool | None, calibrate: str | None, fit: str | None, out: str | None, fresh: bool, keep_source: bool,
+    plain: bool, calibrate: str | None, fit: str | None, out: str | None, fresh: bool, keep_source: bool,
     report: str | None,
 ) -> None:  # fmt: skip
     """Quantize MODEL into a model store: a checkpoint folder in Hugging Face format, smolmix, or a bf16 store.
@@ -64,10 +63,10 @@ def quantize(
     from mixlocal.store.manifest import Recipe
 
     kind = _kind(bits, method)
-    text = None if calibrate in (None, OWN_TEXT) else Path(calibrate or "")
+    text = _text(calibrate, fit)
     recipe = Recipe(experts=kind, scale_bits=int(scales), attention=attention)  # type: ignore[arg-type]
-    recipe = _refined(recipe, search, fit, text, calibrates=calibrate is not None or fit is not None)
-    variant = "mix" if fit else VARIANT_OF[kind]
+    recipe = _refined(recipe, fit, text, plain=plain)
+    variant = VARIANT_OF[kind] if fit is None else "mix"
     request = QuantizeRequest(
         model, variant, recipe, Path(out) if out else None, fresh=fresh, keep_source=keep_source, text=text
     )
@@ -89,26 +88,39 @@ def _kind(bits: str | None, method: str | None) -> str:
     return method or BY_BITS[bits or "4"]
 
 
-def _refined(recipe: Recipe, search: bool | None, fit: str | None, text: Path | None, *, calibrates: bool) -> Recipe:
+def _text(calibrate: str | None, fit: str | None) -> Text | None:
+    """What to calibrate on, if that is asked for; read once, for it may be a pipe."""
+    from mixlocal.app.calibration import calibration_text
+
+    if calibrate is None and fit is None:
+        return None
+    return calibration_text(None if calibrate in (None, OWN_TEXT) else Path(calibrate or ""))
+
+
+def _refined(recipe: Recipe, fit: str | None, text: Text | None, *, plain: bool) -> Recipe:
     """With what goes beyond a format. Raises `UsageError` for what would change nothing."""
     import msgspec
 
-    from mixlocal.app.calibration import calibration_text
     from mixlocal.app.catalog import is_searched
-    from mixlocal.app.sizes import UNITS, parse_size
 
     searchable = is_searched(recipe.experts)
-    if not searchable and (search or calibrates):
-        raise UsageError(
-            f"{recipe.experts} has no scales of blocks to choose", "--search, --calibrate and --fit go with 4 bits"
-        )
-    if calibrates and search is False and fit is None:
-        raise UsageError("--no-search leaves --calibrate nothing to do")
+    if not searchable and (plain or text):
+        hint = "--plain, --calibrate and --fit go with 4 bits"
+        raise UsageError(f"{recipe.experts} has no scales of blocks to choose", hint)
+    if text and plain and fit is None:
+        raise UsageError("--plain leaves --calibrate nothing to do")
     return msgspec.structs.replace(
-        recipe, search=searchable if search is None else search,
-        calibrated_on=calibration_text(text).sha256 if calibrates else None,
-        fit=parse_size("--fit", fit, UNITS["T"]) if fit else None,
+        recipe, search=searchable and not plain,
+        calibrated_on=text.sha256 if text else None, fit=None if fit is None else _fit_bytes(fit),
     )  # fmt: skip
+
+
+def _fit_bytes(fit: str) -> int:
+    from mixlocal.app.sizes import parse_size
+
+    if "%" in fit:  # of what?
+        raise UsageError(f"--fit {fit!r} is no size", "for example 12G or 11GiB")
+    return parse_size("--fit", fit, 0)
 
 
 def _write_report(path: Path, errors: dict[str, float]) -> None:

@@ -52,13 +52,14 @@ class ModelBytes:
 class Budgets:
     """Bytes that this process may use. ram: of its whole resident memory. vram: on the GPU, None without one.
     free: of memory that nobody uses, `ram` included. context: tokens, None for what fits. sequences: at once, which
-    share the KV cache."""
+    share the KV cache. beside: of `ram`, for what the caller has to do with the model."""
 
     ram: int
     free: int
     vram: int | None = None
     context: int | None = None
     sequences: int = 1
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def plan_memory(model: ModelBytes, budgets: Budgets) -> MemoryPlan:
     kv, scratch = kv_tokens * model.kv_token, model.scratch_of(budgets.sequences)
     fixed = model.trunk + kv + scratch
     gpu_slots = staging = 0
-    base = BASE_BYTES
+    base = BASE_BYTES + budgets.beside
     host = base + fixed
     if budgets.vram is not None:
         base += CUDA_BYTES
@@ -173,7 +174,7 @@ def _context(model: ModelBytes, budgets: Budgets) -> int:
 
 def _kv_room(model: ModelBytes, budgets: Budgets) -> int:
     """Tokens of KV cache that a part of the budget holds, as far as what must be there too leaves room."""
-    whole, others = budgets.ram, BASE_BYTES + model.n_experts * model.record
+    whole, others = budgets.ram, BASE_BYTES + budgets.beside + model.n_experts * model.record
     if budgets.vram is not None:
         whole, others = budgets.vram, min(GPU_STAGING, model.n_records) * model.record
     others += model.trunk + model.scratch_of(budgets.sequences)

@@ -5,10 +5,10 @@ given codes the best scale, or scale and zero, is weighted least squares. So can
 give, each is judged by its least squares, and the best one's codes are kept: what llama.cpp's make_qkx2_quants does
 (ggml-quants.c). Half-quadratic quantization (HQQ, 2023) moves the zero alone, and for another norm.
 
-Least squares shrinks: a block becomes shorter than it was by as much as it loses, in every matrix alike, which adds up
-from layer to layer where the errors themselves do not. So the kept scale is not that of least squares but a little larger,
-the one whose projection on the block is the block. (On a model whose KL divergence fell to 0.94 by least squares it fell
-to 0.87 so, with 0.7 % more of squared error.)
+Least squares shrinks: a block becomes shorter by as much as it loses, in every matrix alike, which adds up from layer
+to layer where the errors themselves do not. So the kept scale is not that of least squares but a little larger: that
+whose projection on the block is the block. (Seen with nf4: by least squares a model's KL divergence fell to 0.94 of
+what plain scales gave, and so to 0.87, with 0.7 % more of squared error.)
 
 Shapes: R = rows, B = blocks of a row, S = numbers of a block.
 """
@@ -117,7 +117,8 @@ def _fit(
     at = (weighted - scale * code) / weight
     fits = spread > 0
     gain = at * weighted + scale * product
-    return Lines(*(torch.where(fits, value, 0.0) for value in (scale, at)), torch.where(fits, gain, -1.0), code, product)
+    scale, at, gain = (torch.where(fits, *pair) for pair in ((scale, 0.0), (at, 0.0), (gain, -1.0)))
+    return Lines(scale, at, gain, code, product)
 
 
 def total(numbers: torch.Tensor) -> torch.Tensor:

@@ -156,8 +156,9 @@ def _decode(path: Path, body: bytes) -> Manifest:
         )
     counts = (manifest.dim, manifest.hidden, manifest.n_layers, manifest.n_experts)
     n_records = manifest.n_layers * manifest.n_experts
-    wide = manifest.recipe.wide
+    recipe, wide = manifest.recipe, manifest.recipe.wide
     fits = min(counts) >= 1 and len(wide) in (0, n_records) and all(0 <= mask < 8 for mask in wide)
+    fits = fits and (recipe.expert_spec.four_bit or not any(wide))
     if not fits or manifest.stride != manifest.layouts.largest.stride or len(manifest.records) != n_records:
         raise CorruptError(f"{path}: its record layout contradicts itself")
     outside = next((name for name in manifest.files if not is_plain_name(name)), None)

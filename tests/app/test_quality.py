@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -25,7 +26,15 @@ from mixlocal.app.quality.divergence import divergence, join, mean_and_error, pe
 from mixlocal.app.quality.run import QualityRequest, QualityRow, prepare_quality, run_quality
 from mixlocal.app.quality.text import Chunks, cut, read_text
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.errors import CorruptError, DiskFullError, MixlocalError, NotFoundError, RefusedError, UsageError
+from mixlocal.errors import (
+    CorruptError,
+    DiskFullError,
+    MemoryBudgetError,
+    MixlocalError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from mixlocal.model.kv_cache import own_cache
 from mixlocal.store.logit_file import LogitReader
 from mixlocal.store.model_store import ModelStore
@@ -387,5 +396,15 @@ def test_a_disk_too_small_is_told_before(place: Home, monkeypatch: pytest.Monkey
 
 
 def test_memory_that_scoring_takes_is_of_ram(place: Home) -> None:
-    with pytest.raises(UsageError, match="--ram 1000 is less than"):
-        list(run_quality(request(place, "tiny:q4"), dataclasses.replace(EXACT, ram=1000), place))
+    """What a refusal names is enough, and a little less is not."""
+
+    def measure(ram: int) -> list[object]:
+        return list(run_quality(request(place, "tiny:q4"), dataclasses.replace(EXACT, ram=ram), place))
+
+    with pytest.raises(MemoryBudgetError) as refusal:
+        measure(1000)
+    named = re.search(r"at least --ram (\d+)M", refusal.value.message)
+    assert named is not None
+    assert measure(int(named[1]) * 10**6)
+    with pytest.raises(MemoryBudgetError):
+        measure((int(named[1]) - 2) * 10**6)

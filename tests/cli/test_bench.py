@@ -50,8 +50,8 @@ BOTH = ("bench", "--compare", "tiny:bf16,tiny:q4", "-p", "6", "-n", "3", "-r", "
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "harbour.txt"
-    path.write_text("The keeper counted the boats, and one was missing; nobody had seen it leave.\n" * 3)
+    path = tmp_path / "lamps.txt"
+    path.write_text("The keeper counted the lamps, and one was missing; nobody had seen it leave.\n" * 3)
     return path
 
 
@@ -288,7 +288,7 @@ def test_compared_quality(run, text: Path) -> None:
     against = run("quality", "tiny:q4", "--against", "tiny:bf16", "--ctx", "64", "--text", str(text), "--device", "cpu")
     (line,) = (dict(zip(*rows, strict=True)) for rows in [loose_cells(against.out)[::2]])
     assert dict(zip(head, other, strict=True)).items() >= {name: line[name] for name in head[-3:]}.items()
-    assert "harbour.txt: 3 chunks of 64 tokens, 93 of them scored" in result.err
+    assert "lamps.txt: 3 chunks of 64 tokens, 93 of them scored" in result.err
     alone = loose_cells(run(*asked, "--against", "none").out)
     assert (alone[0], alone[3][6]) == (head[:7], other[6])
     reversed_, _ = json.loads(run(*asked, "--against", "tiny:q4", "-o", "json").out)
@@ -337,7 +337,7 @@ def compared(variant: str, speed: float, kl: float | None, tests: tuple[str, ...
             "label": f"mini:{variant}", "model": "mini", "variant": variant, "model_size": 5e7 + 1e7 * len(variant),
             "model_n_params": 86_000_000, "test": test, "n_gen": 3 if test == "tg3" else 0,
             "median_ts": speed, "min_ts": speed - 2, "max_ts": speed + 1, "samples_ts": (speed,) * 5,
-            "text": "harbour.txt", "tokens": 93, "perplexity": 20 + speed, "perplexity_error": 1.5,
+            "text": "lamps.txt", "tokens": 93, "perplexity": 20 + speed, "perplexity_error": 1.5,
             "against": None if kl is None else "mini:bf16", "mean_kl": kl, "mean_kl_error": kl and kl / 9,
         })
         for test in tests
@@ -357,7 +357,7 @@ def test_the_picture_says_what_it_shows(name: str) -> None:
     figure.canvas.draw()
     size, speed = figure.axes
     against = "" if name == "perplexity" else ", against mini:bf16"
-    title = f"What bits cost, and how fast they are: harbour.txt, 93 tokens scored{against}"
+    title = f"What bits cost, and how fast they are: lamps.txt, 93 tokens scored{against}"
     assert figure.get_suptitle() == title
     assert size.get_xlabel() == "GB on disk"
     assert size.get_ylabel() == f"{'perplexity' if name == 'perplexity' else 'mean KL, nats a token'} (bars: 95 %)"

@@ -99,7 +99,7 @@ def test_tab_in_fish(place: Path) -> None:
 def test_bash_replaces_only_what_is_behind_a_colon(place: Path) -> None:
     """Its own cutting of words, as the function sees it; and a name with a space is quoted."""
     calls = [
-        ("mixlocal show smolmix:", "", ["q4", "q8", "bf16"]),
+        ("mixlocal show smolmix:", "", ["q4", "int4", "int4-32", "q8", "mix", "bf16"]),
         ("mixlocal show smolmix:q", "q", ["q4", "q8"]),
         ("mixlocal show smolmix:q", "smolmix:q", ["smolmix:q4", "smolmix:q8"]),  # with ":" out of COMP_WORDBREAKS
         ("mixlocal show nobody:", "", []),
@@ -122,7 +122,9 @@ def completions(place: Path, *words: str) -> list[str]:
 
 def test_models(place: Path) -> None:
     assert completions(place, "show", "") == ["mytiny", *read_catalog()]
-    assert completions(place, "prompt", "-m", "mytiny:") == ["mytiny:q4", "mytiny:q8", "mytiny:bf16"]
+    assert completions(place, "prompt", "-m", "mytiny:") == [
+        f"mytiny:{variant}" for variant in ("q4", "int4", "int4-32", "q8", "mix", "bf16")
+    ]
     assert completions(place, "rm", "my") == ["mytiny"]
     assert completions(place, "show", "./x") == ["./x"], "the shell is asked for folders"
 

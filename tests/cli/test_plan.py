@@ -20,8 +20,8 @@ GB = 10**9
 MIXTRAL = "mixtral-8x7b-instruct"
 PLAN_FIELDS = {
     "name", "on_gpu", "budget", "context", "sequences", "kv_tokens", "base_bytes", "trunk_bytes", "kv_bytes",
-    "scratch_bytes", "chunk", "record_bytes", "n_records", "gpu_slots", "ram_slots", "staging_slots", "direct_io",
-    "disk_records",
+    "scratch_bytes", "chunk", "record_bytes", "records_bytes", "n_records", "gpu_slots", "ram_slots",
+    "staging_slots", "direct_io", "disk_records",
     "ram_bytes", "vram_bytes",
 }  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from mixlocal.errors import RefusedError
 from mixlocal.kernels.quantizer import quantize_rows
-from mixlocal.quant.format import KINDS, ExpertLayout, QuantSpec, QuantTensor
+from mixlocal.quant.format import KINDS, WIDE, WIDE_BITS, ExpertLayout, ExpertLayouts, QuantSpec, QuantTensor
 from mixlocal.quant.packing import pack_nibbles, read_record, unpack_nibbles
 from mixlocal.quant.quantize import dequantize, dequantize_rows, quantize, relative_error
 from mixlocal.quant.search import Search
@@ -80,12 +82,12 @@ def test_zeros_denormals_and_outliers(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.83), ("fp4", 0.9), ("int4", 0.83), ("int4-32", 0.82)])
 def test_a_search_loses_less(kind: str, most: float) -> None:
-    """Shares of the plain error's square, on normal weights; and never more in any block, but for 16 bits of scale."""
+    """Shares of the plain error's square, on normal weights; and in no block much more, which the kept scale costs."""
     weight, spec = random_weight(200, 640), QuantSpec(kind)
     plain, found = (dequantize(quantize("w", weight, spec, search)) - weight.float() for search in (None, Search()))
     blocks = [error.view(200, -1, spec.block_size).square().sum(-1) for error in (plain, found)]
     assert blocks[1].sum() < most * blocks[0].sum()
-    assert (blocks[1] <= blocks[0] * 1.001 + 1e-12).all()
+    assert (blocks[1] <= blocks[0] * 1.03 + 1e-12).all()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4", "int4-32"])
@@ -177,3 +179,45 @@ def test_mixtral_expert_bytes() -> None:
     assert 109 < sizes["int4-32"] < 111
     assert 176 < sizes["int8"] < 187
     assert 352 < sizes["bf16"] < 353
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int4-32"])
+@pytest.mark.parametrize("wide", range(8))
+def test_wide_matrices_are_int8_and_the_others_what_the_recipe_says(kind: str, wide: int) -> None:
+    layout, plain = ExpertLayout(64, 96, QuantSpec(kind), wide), ExpertLayout(64, 96, QuantSpec(kind))
+    record = torch.zeros(layout.stride, dtype=torch.uint8)
+    views = read_record(layout, record)
+    for name, shape in layout.shapes.items():
+        spec = WIDE if wide & WIDE_BITS[name] else QuantSpec(kind)
+        assert layout.spec_of(name) == getattr(views, name).spec == spec
+        quantize_rows(name, random_weight(*shape), spec, out=getattr(views, name))
+    read = read_record(layout, record.clone())
+    for name, shape in layout.shapes.items():
+        expected = quantize(name, random_weight(*shape), layout.spec_of(name))
+        assert torch.equal(dequantize(getattr(read, name)), dequantize(expected))
+    assert layout.stride % 4096 == 0
+    assert all(part.offset % 64 == 0 for part in layout.parts)
+    assert all(one.offset + one.nbytes <= next_.offset for one, next_ in pairwise(layout.parts))
+    assert layout.nbytes - plain.nbytes >= wide.bit_count() * 64 * 96 // 4  # half a byte more, less its scales
+
+
+def test_records_of_different_sizes_lie_one_behind_the_other() -> None:
+    masks = (0, 7, 1, 0, 6, 7)
+    layouts = ExpertLayouts(64, 96, QuantSpec("nf4"), 6, masks)
+    single = [ExpertLayout(64, 96, QuantSpec("nf4"), mask) for mask in masks]
+    assert [layouts[index] for index in range(len(layouts))] == single
+    assert [layouts.stride(index) for index in range(6)] == [layout.stride for layout in single]
+    assert list(layouts.offsets) == [sum(layout.stride for layout in single[:count]) for count in range(7)]
+    assert layouts.nbytes == layouts.offsets[-1]
+    assert layouts.largest == single[1]
+    assert {layout.wide for layout in layouts.formats} == {0, 1, 6, 7}
+    for index in range(6):
+        first, last = layouts.offsets[index], layouts.offsets[index + 1] - 1
+        assert {layouts.at(first), layouts.at((first + last) // 2), layouts.at(last)} == {index}
+
+
+def test_without_masks_all_records_are_alike() -> None:
+    layouts, layout = ExpertLayouts(64, 96, QuantSpec("nf4"), 5), ExpertLayout(64, 96, QuantSpec("nf4"))
+    assert layouts.formats == (layout,)
+    assert layouts.offsets == tuple(index * layout.stride for index in range(6))
+    assert {layouts[index] for index in range(5)} == {layouts.largest} == {layout}

@@ -18,10 +18,11 @@ import torch
 
 from mixlocal.app.session import Session
 from mixlocal.errors import CorruptError, NotFoundError, PermissionDeniedError, RefusedError
+from mixlocal.quant.format import ExpertLayout, QuantSpec
 from mixlocal.store import model_store
 from mixlocal.store.checkpoint import data_start
 from mixlocal.store.expert_file import EXPERTS_FILE
-from mixlocal.store.manifest import FORMAT_VERSION, MANIFEST, read_manifest
+from mixlocal.store.manifest import FORMAT_VERSION, MANIFEST, Recipe, read_manifest
 from mixlocal.store.model_store import TRUNK_FILE, ModelStore, find_stores
 
 FILES = (EXPERTS_FILE, TRUNK_FILE, "config.json", "tokenizer.json")
@@ -207,6 +208,29 @@ def test_another_format_version_is_refused_by_number(version: int, folder: Path)
         read_manifest(folder)
 
 
+def test_a_store_of_format_version_1_is_read(folder: Path) -> None:
+    """As it was written before a recipe had more than three fields."""
+
+    def as_version_1(body: dict[str, Any]) -> None:
+        body["format_version"] = 1
+        body["recipe"] = {name: body["recipe"][name] for name in ("experts", "scale_bits", "attention")}
+
+    before = read_manifest(folder)
+    reseal(folder, as_version_1)
+    manifest = read_manifest(folder)
+    assert manifest.format_version == 1
+    assert manifest.recipe == Recipe("nf4", 16, "bf16") == before.recipe
+    assert (manifest.records, manifest.experts_bytes) == (before.records, before.experts_bytes)
+    verified(folder)
+    opens(folder)
+
+
+def test_masks_that_say_nothing_are_no_contradiction(folder: Path) -> None:
+    reseal(folder, lambda body: body["recipe"].update(wide=[0] * len(body["records"])))
+    verified(folder)
+    opens(folder)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x", "/etc/passwd", "..", ".", "", "sub/x", "./x", "a\\..\\b", "x\0", "x\n", "\x1b[2J", "\u202ex", "x" * 300],
@@ -243,7 +267,24 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a checksum that is a number": lambda body: body["records"][0].update(xxh3=7),
     "two errors for three tensors": lambda body: body["records"][0].update(errors=[0.1, 0.2]),
     "records that are an object": lambda body: body.update(records={}),
+    "a mask that is none": lambda body: _widen(body, lambda count: [8] * count),
+    "a negative mask": lambda body: _widen(body, lambda count: [-1] * count),
+    "a mask that is no number": lambda body: _widen(body, lambda count: [True] * count),
+    "a mask less": lambda body: _widen(body, lambda count: [0] * (count - 1)),
+    "a mask more": lambda body: _widen(body, lambda count: [0] * (count + 1)),
+    "8 bits instead of 16": lambda body: _otherwise(body, "bf16"),
+    "8 bits instead of 8": lambda body: _otherwise(body, "int8"),
 }
+
+
+def _widen(body: dict[str, Any], masks: Callable[[int], list[Any]]) -> None:
+    body["recipe"]["wide"] = masks(len(body["records"]))
+
+
+def _otherwise(body: dict[str, Any], kind: Any) -> None:
+    """Masks are for the 4-bit formats; all else is consistent."""
+    body["recipe"].update(experts=kind, wide=[1] * len(body["records"]))
+    body["stride"] = ExpertLayout(body["dim"], body["hidden"], QuantSpec(kind), 1).stride
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)

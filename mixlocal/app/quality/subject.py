@@ -9,15 +9,13 @@ import msgspec
 
 from mixlocal import __version__
 from mixlocal.app.budgets import RunOptions
-from mixlocal.app.hardware import probe
 from mixlocal.app.installed import find_store
 from mixlocal.app.model_run import ModelRun, store_config
 from mixlocal.app.parameters import count_parameters, total_and_active
 from mixlocal.app.quality.scoring import scoring_bytes
 from mixlocal.app.quality.text import Chunks, Text, check_same_tokens, cut, n_scored
-from mixlocal.app.sizes import parse_size
 from mixlocal.app.tokenizers import load_tokenizer
-from mixlocal.errors import RefusedError, UsageError
+from mixlocal.errors import RefusedError
 from mixlocal.kernels import select
 from mixlocal.model.config import ModelConfig
 from mixlocal.store.logit_file import LogitHead
@@ -75,7 +73,7 @@ class Subject:
     def run(self) -> ModelRun:
         """Checked and planned; nothing is loaded. Raises as `ModelRun`."""
         beside = scoring_bytes(self.config.vocab_size, self.chunks.context)
-        return ModelRun(self.store, _without(self.options, beside, self.store), self.folders)
+        return ModelRun(self.store, replace(self.options, beside=beside), self.folders)
 
     def check_comparable(self, reference: Subject) -> None:
         """Raises `RefusedError` if the two do not tell of the same tokens."""
@@ -106,13 +104,3 @@ class Subject:
             vocab_size=self.config.vocab_size,
         )
 
-
-def _without(options: RunOptions, nbytes: int, store: ModelStore) -> RunOptions:
-    """With --ram less what is needed beside the model; of what is free by default enough is left."""
-    if options.ram is None:
-        return options
-    whole = probe(store.folder).ram_total
-    ram = parse_size("--ram", options.ram, whole) if isinstance(options.ram, str) else options.ram
-    if ram <= nbytes:
-        raise UsageError(f"--ram {options.ram} is less than the {nbytes / 1e6:.0f} MB that the logits take")
-    return replace(options, ram=ram - nbytes)
