@@ -37,7 +37,8 @@ OWN_TEXT = "-"  # no file's name
 @click.option("--plain", is_flag=True, help="4 bits: scales that span each block, not those that lose least.")
 @click.option(
     "--calibrate", is_flag=False, flag_value=OWN_TEXT, metavar="[FILE]",
-    help="4 bits: let what a text asks of the experts decide which columns count; mixlocal's own text without FILE. Behind MODEL.",
+    help="4 bits: let what a text asks of the experts decide which columns count. Without FILE, stand it behind MODEL: "
+    "then it is mixlocal's own text.",
 )  # fmt: skip
 @click.option(
     "--fit", metavar="SIZE", help="As `--calibrate`, and 8 bits for the matrices that need them most, up to SIZE."

@@ -332,5 +332,5 @@ def test_a_step_is_its_layers_and_an_output_head(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rehearsal_fits_beside_other_programs_and_in_no_cache(name: str) -> None:
     config = read_config(read_catalog()[name].config or {}, name)
-    for variant in VARIANTS:
+    for variant in VARIANTS.keys() - {"mix"}:  # which is not made without a size
         assert rehearsal.CACHED_BYTES < rehearsal_bytes(config, recipe_for(variant)) < 6 * GB
