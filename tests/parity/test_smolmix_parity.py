@@ -9,12 +9,15 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from stores import install_smolmix, open_model
 
+from mixlocal.app.budgets import RunOptions
 from mixlocal.app.catalog import read_catalog, sampling_defaults
+from mixlocal.app.quality.run import QualityRequest, QualityRow, run_quality
 from mixlocal.app.session import Session
 from mixlocal.engine.params import SamplingParams
 from mixlocal.model.kv_cache import own_cache
@@ -56,7 +59,8 @@ def logprobs(store: ModelStore) -> torch.Tensor:
     return torch.log_softmax(model.forward(ids, own_cache(config, len(ids), torch.float32), all_logits=True), dim=-1)
 
 
-def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> None:
+def test_same_logits_as_transformers(folders: Home, reference: ModelStore, tmp_path: Path) -> None:
+    """And the same perplexity of what `quality` scores, where a model against itself differs in nothing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint = folders.downloads / "smolmix-checkpoint"
@@ -71,13 +75,20 @@ def test_same_logits_as_transformers(folders: Home, reference: ModelStore) -> No
     cache = own_cache(config, 64, torch.float32)
     stepwise = torch.stack([model.forward(token[None], cache) for token in ids])
     torch.testing.assert_close(stepwise, expected, atol=6e-4, rtol=0)
+    (tmp_path / "text").write_text(TEXT)
+    model_folder = str(reference.folder)
+    request = QualityRequest((model_folder,), model_folder, tmp_path / "text", context=64, chunks=1)
+    (row,) = (event for event in run_quality(request, RunOptions(), folders) if isinstance(event, QualityRow))
+    theirs_nll = torch.nn.functional.cross_entropy(expected[32:63], ids[33:])
+    assert row.perplexity == pytest.approx(theirs_nll.exp().item(), rel=1e-3)
+    assert (row.max_kl, row.same_top) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("variant", "divergence", "loss"), [("q8", 0.005, 0.01), ("q4", 0.2, 0.2)])
 def test_quantized_variants_stay_near(
     variant: str, divergence: float, loss: float, folders: Home, exact: torch.Tensor
 ) -> None:
-    """Mean KL divergence, and the growth of log perplexity; the full text gives 0.001 and 0.10, 0.001 and 0.095."""
+    """Mean KL divergence, and the growth of log perplexity."""
     store, _ = install_smolmix(variant, folders)
     found, ids = logprobs(store), token_ids(store)
     kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
