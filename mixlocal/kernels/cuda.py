@@ -19,7 +19,8 @@ from mixlocal.quant.format import BLOCK_SIZE, ExpertWeights, Kind, QuantSpec, Qu
 from mixlocal.quant.quantize import row_chunks
 
 FOUR_BIT: tuple[Kind, ...] = ("nf4", "fp4")
-CHECKED: tuple[Kind, ...] = ("nf4", "int4")  # by Triton's programs, one of each sort of four bits
+CHECKED: tuple[Kind, ...] = ("nf4",)  # before a model is loaded
+AFFINE: tuple[Kind, ...] = ("int4", "int4-32")  # at their first use: others need not wait until they are compiled
 FEW_TOKENS = 7  # as many float32 rows as bitsandbytes multiplies straight from the codes
 CHUNK_ELEMENTS = 1 << 24  # dequantized at once for more tokens: 64 MB, and few launches for a matrix of an expert
 OLDEST = (8, 0)  # compute capability: Ampere's, whose matrix units take int8 and bfloat16
@@ -49,7 +50,7 @@ class CudaKernels(ReferenceKernels):
 
     def __init__(self, device: str, *, triton: bool = True) -> None:
         """triton: False for bitsandbytes. Raises `UsageError` if neither is there and computes right on `device`."""
-        self._device = device
+        self._device, self._affine_checked = device, False
         self._triton = triton_products(device) if triton and device != "cpu" else None
         if self._triton is None:
             _import_bitsandbytes()
@@ -68,6 +69,7 @@ class CudaKernels(ReferenceKernels):
         """See `Kernels.linear`."""
         check_linear(x, weight)
         if self._triton and _has_program(weight):
+            self._check_affine(weight)
             return self._triton.multiply(x, weight)
         if not (0 < len(x) <= FEW_TOKENS and _readable(weight) and _aligned(x)):
             return super().linear(x, weight)
@@ -78,9 +80,19 @@ class CudaKernels(ReferenceKernels):
     def expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
         """See `ReferenceKernels.expert`."""
         weights = cast(ExpertWeights, expert)
-        if self._triton and all(isinstance(w, QuantTensor) for w in (weights.w1, weights.w3, weights.w2)):
+        matrices = weights.w1, weights.w3, weights.w2
+        if self._triton and all(isinstance(matrix, QuantTensor) for matrix in matrices):
+            self._check_affine(*matrices)
             return self._triton.expert(x, weights)
         return super().expert(x, expert)
+
+    def _check_affine(self, *weights: Weight) -> None:
+        """Raises `UsageError` if Triton's products with an affine one of them are wrong here."""
+        assert self._triton is not None
+        affine = [weight for weight in weights if isinstance(weight, QuantTensor) and weight.spec.affine]
+        if affine and not self._affine_checked:
+            check_triton(self._triton.multiply, str(affine[0].codes.device), AFFINE)
+            self._affine_checked = True
 
     def exact_rows(self, weight: Weight) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `ReferenceKernels.exact_rows`."""
@@ -144,15 +156,17 @@ def triton_products(device: str) -> TritonProducts | None:
     return TritonProducts(cuda_linear.multiply, cuda_linear.expert)
 
 
-def check_triton(multiply: Callable[[torch.Tensor, Weight], torch.Tensor], device: str) -> None:
+def check_triton(
+    multiply: Callable[[torch.Tensor, Weight], torch.Tensor], device: str, kinds: tuple[Kind, ...] = CHECKED
+) -> None:
     """Four-bit products of few and of many tokens, to the bit. Raises `UsageError` if they are others."""
-    for kind in CHECKED:
+    for kind in kinds:
         weight = _every_code(kind)
         there = QuantTensor(weight.spec, weight.shape, weight.codes.to(device), weight.scales.to(device))
         for tokens in (1, FEW_TOKENS + 1):
             x = torch.linspace(-1.0, 1.5, tokens * weight.shape[1]).view(tokens, -1)
             if not torch.equal(multiply(x.to(device), there).cpu(), integer_linear(x, weight)):
-                hint = "without Triton, bitsandbytes is used: uninstall it, or use cpu"
+                hint = "use another variant, or cpu" if kind in AFFINE else "uninstall Triton for bitsandbytes, or use cpu"
                 raise UsageError(f"Triton multiplies {kind} weights wrongly on {device}", hint)
 
 
