@@ -166,8 +166,8 @@ def check_triton(
         for tokens in (1, FEW_TOKENS + 1):
             x = torch.linspace(-1.0, 1.5, tokens * weight.shape[1]).view(tokens, -1)
             if not torch.equal(multiply(x.to(device), there).cpu(), integer_linear(x, weight)):
-                hint = "use another variant, or cpu" if kind in AFFINE else "uninstall Triton for bitsandbytes, or use cpu"
-                raise UsageError(f"Triton multiplies {kind} weights wrongly on {device}", hint)
+                way_out = "use another variant" if kind in AFFINE else "uninstall Triton, for bitsandbytes"
+                raise UsageError(f"Triton multiplies {kind} weights wrongly on {device}", f"{way_out}, or use cpu")
 
 
 def _every_code(kind: Kind) -> QuantTensor:
