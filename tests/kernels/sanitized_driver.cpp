@@ -49,11 +49,15 @@ void append(std::vector<uint8_t>& bytes, size_t& at, const void* from, size_t si
 struct Format {
     const char* name;
     Kind kind;
-    bool half_scales;
-    bool is_integer() const { return kind == kFourBit || kind == kInt8; }
+    bool half_scales, fine;
+    bool is_integer() const { return kind == kFourBit || kind == kAffine || kind == kInt8; }
+    bool holds_pairs() const { return kind == kFourBit || kind == kAffine; }
+    int64_t planes() const { return kind == kFourBit ? 1 : fine ? 4 : 2; }
 };
 constexpr Format kFormats[] = {
-    {"four bits", kFourBit, true}, {"four bits, float scales", kFourBit, false}, {"int8", kInt8, false}, {"bf16", kBf16, false}, {"float", kFloat, false}};
+    {"four bits", kFourBit, true, false}, {"four bits, float scales", kFourBit, false, false}, {"int8", kInt8, false, false},
+    {"bf16", kBf16, false, false}, {"float", kFloat, false, false}, {"affine", kAffine, true, false},
+    {"affine halves", kAffine, true, true}, {"affine halves, float scales", kAffine, false, true}};
 
 const std::vector<int8_t> kLevels = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 
@@ -62,8 +66,8 @@ struct Weight {
     std::vector<uint8_t> codes, scales;
 
     Weight(const Format& format, int64_t rows, int64_t columns) {
-        const int64_t bits = format.kind == kFourBit ? 4 : format.kind == kInt8 ? 8 : format.kind == kBf16 ? 16 : 32;
-        const int64_t scale_count = format.kind == kFourBit ? rows * ((columns + kBlock - 1) / kBlock) : format.kind == kInt8 ? rows : 0;
+        const int64_t bits = format.holds_pairs() ? 4 : format.kind == kInt8 ? 8 : format.kind == kBf16 ? 16 : 32;
+        const int64_t scale_count = format.holds_pairs() ? rows * format.planes() * ((columns + kBlock - 1) / kBlock) : format.kind == kInt8 ? rows : 0;
         codes = std::vector<uint8_t>(static_cast<size_t>(rows * columns * bits / 8));
         scales = std::vector<uint8_t>(static_cast<size_t>(scale_count * (format.half_scales ? 2 : 4)));
         for (size_t at = 0; at < codes.size();) {
@@ -82,7 +86,7 @@ struct Weight {
             if (format.half_scales) append(scales, at, &half, sizeof half);
             else append(scales, at, &scale, sizeof scale);
         }
-        matrix = {format.kind, rows, columns, codes.data(), scale_count ? scales.data() : nullptr, format.half_scales,
+        matrix = {format.kind, rows, columns, codes.data(), scale_count ? scales.data() : nullptr, format.half_scales, format.fine,
                   format.kind == kFourBit ? kLevels.data() : nullptr, format.kind == kFourBit ? 1.0f / 127 : 1.0f};
     }
 };
@@ -122,7 +126,7 @@ void run_linear(const KernelTable& kernels, Outputs& outputs) {
     constexpr int64_t shapes[][2] = {{1, 2}, {3, 62}, {5, 64}, {7, 66}, {33, 130}, {25, 194}, {70, 576}, {5, 1000}, {17, 1088}, {9, 2050}, {5, 3}, {31, 257}};
     for (const Format& format : kFormats)
         for (const auto& [rows, columns] : shapes) {
-            if (format.kind == kFourBit && columns % 2) continue;
+            if (format.holds_pairs() && columns % 2) continue;
             const Weight weight(format, rows, columns);
             const std::vector<float> norm = random_numbers(columns);
             const Norm normed = {norm.data(), 1e-5f};
@@ -141,14 +145,19 @@ void run_linear(const KernelTable& kernels, Outputs& outputs) {
         }
 }
 
+constexpr int kMixed[9] = {5, 2, 6, 2, 0, 5, 7, 7, 2};
+
 void run_moe(const KernelTable& kernels, Outputs& outputs) {
     constexpr int64_t shapes[][2] = {{64, 96}, {34, 258}, {130, 78}, {66, 128}, {32, 77}};
     for (const Format& format : kFormats)
         for (const auto& [dim, hidden] : shapes) {
-            if (format.kind == kFourBit && hidden % 2) continue;
+            if (format.holds_pairs() && hidden % 2) continue;
             std::vector<Weight> weights;
             std::vector<Expert> experts;
-            for (int w = 0; w < 9; ++w) weights.emplace_back(format, w % 3 < 2 ? hidden : dim, w % 3 < 2 ? dim : hidden);
+            for (int w = 0; w < 9; ++w) {  // with affine halves every matrix has a format of its own
+                const Format& own = format.fine && !format.half_scales ? kFormats[kMixed[w]] : format;
+                weights.emplace_back(own, w % 3 < 2 ? hidden : dim, w % 3 < 2 ? dim : hidden);
+            }
             for (size_t w = 0; w < 9; w += 3) experts.push_back({weights[w].matrix, weights[w + 1].matrix, weights[w + 2].matrix});
             for (const int64_t tokens : {1, 2, 7, 40}) {
                 std::vector<std::vector<int64_t>> chosen(3);  // expert 0 by all tokens, 1 by every other, 2 twice by the last
@@ -249,17 +258,21 @@ void run_quantize(const KernelTable& kernels, Outputs& outputs) {
     std::vector<int32_t> order(16);
     for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<float>(kLevels[i]) / 127.0f, order[i] = static_cast<int32_t>(i * 5 % 16);
     for (size_t i = 0; i < 15; ++i) midpoints[i] = (levels[i] + levels[i + 1]) / 2;
-    for (const Format& format : {kFormats[0], kFormats[1], kFormats[2]})
+    for (const Format& format : {kFormats[0], kFormats[1], kFormats[2], kFormats[5], kFormats[6], kFormats[7]})
         for (const bool bf16 : {false, true})
-            for (const int64_t columns : {1, 2, 62, 64, 66, 77, 190, 576}) {
-                if (format.kind == kFourBit && columns % 2) continue;
-                const int64_t rows = 300;
+            for (const int64_t columns : {1, 2, 30, 62, 64, 66, 77, 100, 190, 576}) {
+                if (format.holds_pairs() && columns % 2) continue;
+                const bool search = format.half_scales && columns != 64;
+                const int64_t rows = search ? 40 : 300;
+                std::vector<float> importance = random_numbers(columns);
+                for (float& number : importance) number = 0.01f + fabsf(number);
                 const Weight source(bf16 ? kFormats[3] : kFormats[4], rows, columns);
                 Weight target(format, rows, columns);
                 QuantizeRow row = {};
                 row.source = source.codes.data(), row.bf16 = bf16, row.columns = columns;
                 row.levels = levels.data(), row.midpoints = midpoints.data(), row.order = order.data();
-                row.codes = target.codes.data(), row.scales = target.scales.data(), row.half_scales = format.half_scales;
+                row.codes = target.codes.data(), row.scales = target.scales.data(), row.half_scales = format.half_scales, row.fine = format.fine, row.search = search;
+                row.importance = search && bf16 ? importance.data() : nullptr;
                 const QuantizeResult result = quantize(kernels, format.kind, row, rows);
                 std::vector<float> bytes(target.codes.begin(), target.codes.end());
                 bytes.insert(bytes.end(), target.scales.begin(), target.scales.end());
