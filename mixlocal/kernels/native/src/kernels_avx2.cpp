@@ -6,6 +6,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL_HALVES _Pragma("GCC unroll 2")
 #define UNROLL_ALL _Pragma("GCC unroll 16")
 
 namespace mixlocal {

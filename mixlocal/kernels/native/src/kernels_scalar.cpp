@@ -6,6 +6,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL_HALVES _Pragma("GCC unroll 1")
 #define UNROLL_ALL _Pragma("GCC unroll 8")
 #define EACH_LANE for (int i = 0; i < kLanes; ++i)
 #define EACH_BYTE for (int i = 0; i < 4 * kLanes; ++i)
