@@ -105,7 +105,7 @@ def _chunks(text: Text, folder: Path, context: int) -> Chunks:
 
 
 class _LayerByLayer(Transformer):
-    """Tells its experts the mean square of each token's hidden state, and has no head."""
+    """Tells its experts the square of each token's hidden state, and uses no head."""
 
     @torch.inference_mode()
     def walk(self, pieces: Sequence[Piece]) -> Iterator[int]:

@@ -33,6 +33,7 @@ class RoutingTrace:
     def __init__(self, n_layers: int, n_experts: int, tokens: int = KEPT_TOKENS) -> None:
         self.n_layers, self.n_experts = n_layers, n_experts
         self._last: deque[tuple[int, list[int] | Ints, int]] = deque(maxlen=n_layers * tokens)
+        self._kept = tokens
         self._orders: list[deque[list[int]]] = [deque(maxlen=tokens) for _ in range(n_layers)]
 
     def add(self, layer: int, chosen: list[int], tokens: int) -> None:
@@ -44,7 +45,7 @@ class RoutingTrace:
         else:
             kept = np.bincount(chosen, minlength=self.n_experts)
             top_k = len(chosen) // tokens
-            late = chosen[-KEPT_TOKENS * top_k :]
+            late = chosen[-self._kept * top_k :]
             order.extend(late[i : i + top_k] for i in range(0, len(late), top_k))
         self._last.append((layer, kept, tokens))
 
